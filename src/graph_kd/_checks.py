@@ -1,0 +1,52 @@
+"""Checks that every module shares: each error names the argument, the rule and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_choice", "check_count", "check_floating", "check_positive"]
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` if it is an int of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int; got {value!r} ({type(value).__name__}).")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be an int ≥ {minimum}; got {value}.")
+    return value
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number; got {value!r} ({type(value).__name__}).")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number > 0; got {value}.")
+    return float(value)
+
+
+def check_choice(
+    name: str, value: Any, choices: tuple[str | None, ...], *, or_callable: bool
+) -> None:
+    """Accept one of ``choices``, or a callable where the argument takes one."""
+    if value in choices or (or_callable and callable(value)):
+        return
+    listed = ", ".join(repr(choice) for choice in choices) + (
+        " or a callable" if or_callable else ""
+    )
+    raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
+
+
+def check_floating(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+    if not torch.is_floating_point(value):
+        raise TypeError(
+            f"`{name}` must be a floating-point tensor; got {value.dtype}. "
+            f"Convert it with `.float()`."
+        )
+    return value

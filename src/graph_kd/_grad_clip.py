@@ -1,0 +1,372 @@
+"""Merge the task's gradient with a gated transfer gradient (Lee & Song 2019, step 5).
+
+The arithmetic is `merge_gradients`, a pure function of two gradient lists; `GatedGradClip` is a
+shell around any optimizer that applies it. Norms are Euclidean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from einops import pack, unpack
+from torch import Tensor
+from torch.optim import Optimizer
+
+from graph_kd._checks import check_choice, check_positive
+
+__all__ = ["GatedGradClip"]
+
+Gate = Literal["norm", "sigmoid"] | Callable[[Tensor, Tensor], Tensor | float]
+Scope = Literal["parameter", "global"]
+
+
+class GatedGradClip(Optimizer):
+    """Wrap an optimizer so that the transfer gradient never drowns the task's.
+
+    `backward` takes both losses and leaves the merged gradient in every ``p.grad``; everything
+    else (`step`, `zero_grad`, `state_dict`, `param_groups`, schedulers, hooks, `GradScaler`,
+    `clip_grad_norm_`, pickle, deepcopy) behaves as on the wrapped optimizer.
+
+    One step:
+
+    1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
+    2. Given a process group, both are averaged over it.
+    3. They are added to what `backward` was given since the last `zero_grad`. What stands in
+       ``p.grad`` and was not left there by this wrapper, untouched, counts as task gradient.
+    4. A factor is computed from the norms of the two sums, by the gate.
+    5. ``p.grad`` = task + factor · transfer.
+
+    Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
+
+    Differs from the source: ``"norm"`` is the authors' program with their factor
+    sigmoid(epoch since transfer began) left to `bound`, which may be set every epoch.
+    ``"sigmoid"`` is the poster's gate as printed; it never falls below 0.731, so with a summed
+    transfer loss it can swamp the task (a small student on digits fell from 89 % to 31 %).
+
+    A transfer gradient that is not finite never reaches the parameters: that step uses the task's
+    alone, and `skipped` counts it. Under `GradScaler` both losses are scaled alike, which changes
+    neither gate; a callable sees the scaled norms. Two copies of the gradients are held from
+    `backward` to `zero_grad`. Step hooks registered for all optimizers at once
+    (`register_optimizer_step_pre_hook`) fire for the wrapper and for the wrapped optimizer.
+
+    Args:
+        optimizer: Any torch optimizer; its weight decay takes no part in the norms.
+        gate: "norm" scales the transfer gradient down to a norm of at most `bound` times the
+            task's. "sigmoid" is 1 / (1 + exp(-τ)), τ = max(1, ‖task‖ / ‖transfer‖). A callable
+            takes the two norms (scalar tensors) and returns the factor.
+        scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
+        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate; a
+            plain attribute. Dimensionless, > 0.
+        process_group: A `torch.distributed` group over which both gradients are averaged before
+            any norm is taken: data parallelism without the DDP wrapper, or with it under
+            `no_sync()`. Among several processes it is required: the second gradient of a step
+            passes DDP by and would silently stay local.
+
+    Attributes:
+        gates: The factors last applied, one for each parameter that the transfer loss reaches, in
+            the order of the param groups, or a single one for ``scope="global"``. Reading them
+            waits for the device.
+        skipped: Steps whose transfer gradient was not finite. Count.
+
+    Raises:
+        TypeError: ``optimizer`` is no torch optimizer, or a loss no tensor.
+        ValueError: an unknown gate or scope, or a loss that is no scalar or reaches no parameter.
+        RuntimeError: several processes are running and no process group was given.
+
+    Example:
+        >>> import torch
+        >>> from graph_kd import GatedGradClip
+        >>> student = torch.nn.Linear(4, 2)
+        >>> optimizer = GatedGradClip(torch.optim.SGD(student.parameters(), lr=0.1))
+        >>> output = student(torch.randn(8, 4))
+        >>> optimizer.backward(output.square().mean(), output.abs().sum())
+        >>> optimizer.step()
+    """
+
+    optimizer: Optimizer
+    gate: Gate
+    scope: Scope
+    bound: float
+    process_group: dist.ProcessGroup | None
+    skipped: int
+    _left: dict[Tensor, _Left]
+    _factors: Tensor | None
+    _skipping: bool
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        gate: Gate = "norm",
+        *,
+        scope: Scope = "parameter",
+        bound: float = 1.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}."
+            )
+        check_choice("gate", gate, ("norm", "sigmoid"), or_callable=True)
+        check_choice("scope", scope, ("parameter", "global"), or_callable=False)
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "gate": gate,
+                "scope": scope,
+                "bound": check_positive("bound", bound),
+                "process_group": process_group,
+                "skipped": 0,
+            }
+        )
+
+    def backward(self, task_loss: Tensor, transfer_loss: Tensor) -> None:
+        """Leave the merged gradient of the two scalar losses in every ``p.grad``.
+
+        Called again before `zero_grad` it accumulates both gradients and gates the sums. A
+        parameter that the transfer loss does not reach keeps its task gradient; one that neither
+        reaches keeps None.
+        """
+        self._check_processes()
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
+        new_transfer = _gradients("transfer_loss", transfer_loss, params, retain_graph=False)
+        if self.process_group is not None:
+            new_task = average_over_processes(new_task, params, self.process_group)
+            new_transfer = average_over_processes(new_transfer, params, self.process_group)
+
+        earlier = [self._sums(p) for p in params]
+        task = [_add(old, new) for (old, _), new in zip(earlier, new_task, strict=True)]
+        transfer = [_add(old, new) for (_, old), new in zip(earlier, new_transfer, strict=True)]
+        merged = merge_gradients(task, transfer, self.gate, scope=self.scope, bound=self.bound)
+
+        continues = any(old is not None for _, old in earlier)
+        self.skipped += not (merged.finite or (continues and self._skipping))
+        self._skipping = not merged.finite
+        self._factors = merged.factors
+        self._left = {}
+        for p, gradient, *sums in zip(params, merged.gradients, task, transfer, strict=True):
+            p.grad = gradient
+            if gradient is not None:
+                self._left[p] = _Left(gradient, gradient._version, *sums)
+
+    @property
+    def gates(self) -> list[float]:
+        """The factors last applied; see the class."""
+        factors: list[float] = [] if self._factors is None else self._factors.tolist()
+        return factors
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch overloads what is one signature
+        """Take one step of the wrapped optimizer; a closure calls `backward` itself."""
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, the sums of accumulated ones included."""
+        self._left = {}
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state_dict: either of the two loads it."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this wrapper or of the wrapped optimizer."""
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.optimizer.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    # The wrapped optimizer replaces these objects when it loads a state_dict, so a copy of the
+    # references would go stale.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] # an attribute in torch
+        """The wrapped optimizer's param groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override] # an attribute in torch
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override] # an attribute in torch
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def __repr__(self) -> str:
+        return (
+            f"GatedGradClip(gate={self.gate!r}, scope={self.scope!r}, bound={self.bound}, "
+            f"optimizer={self.optimizer!r})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Like gradients, hooks and accumulated sums are not part of an optimizer's state.
+        names = ("optimizer", "gate", "scope", "bound", "process_group", "skipped")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._left = {}
+        self._factors = None
+        self._skipping = False
+        # torch's unpickling path sets up hooks and nothing else, while its constructor would make
+        # param groups of this wrapper's own.
+        super().__setstate__({})
+
+    def _sums(self, param: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the task and the transfer gradient accumulated so far."""
+        left = self._left.get(param)
+        if left is None or param.grad is not left.merged or param.grad._version != left.version:
+            return param.grad, None
+        return left.task, left.transfer
+
+    def _check_processes(self) -> None:
+        if self.process_group is None and dist.is_available() and dist.is_initialized():
+            processes = dist.get_world_size()
+            if processes > 1:
+                raise RuntimeError(
+                    f"`process_group` must be given among {processes} processes: gradients would "
+                    "silently stay local, with or without DistributedDataParallel. Pass "
+                    "process_group=torch.distributed.group.WORLD, and run a DDP model under "
+                    "`no_sync()`."
+                )
+
+
+class _Left(NamedTuple):
+    """What `backward` left in one ``p.grad``, and the sums it was made of."""
+
+    merged: Tensor
+    version: int
+    task: Tensor | None
+    transfer: Tensor | None
+
+
+class Merged(NamedTuple):
+    """What `merge_gradients` returns."""
+
+    gradients: list[Tensor | None]
+    factors: Tensor
+    finite: bool
+
+
+def merge_gradients(
+    task: Sequence[Tensor | None],
+    transfer: Sequence[Tensor | None],
+    gate: Gate,
+    *,
+    scope: Scope,
+    bound: float,
+) -> Merged:
+    """Return task + factor · transfer as new tensors, None where both are None.
+
+    ``factors`` holds one entry for each transfer gradient that is not None, or a single one for
+    scope "global"; they are zero, and ``finite`` is False, if any transfer norm is not finite.
+    """
+    reached = [n for n, gradient in enumerate(transfer) if gradient is not None]
+    transfer_norm = gradient_norms([transfer[n] for n in reached])
+    # Scope "global" means all of the task gradient, not only where the transfer loss reaches.
+    task_norm = gradient_norms(task if scope == "global" else [task[n] for n in reached])
+    if scope == "global":
+        transfer_norm = torch.linalg.vector_norm(transfer_norm, keepdim=True)
+        task_norm = torch.linalg.vector_norm(task_norm, keepdim=True)
+
+    finite = bool(torch.isfinite(transfer_norm).all())
+    if finite:
+        factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
+        factor_of = dict(zip(reached, factors.expand(len(reached)), strict=True))
+    else:
+        factors, factor_of = torch.zeros_like(transfer_norm), {}
+    gradients = [
+        _blend(*pair, factor_of.get(n)) for n, pair in enumerate(zip(task, transfer, strict=True))
+    ]
+    return Merged(gradients, factors, finite)
+
+
+def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    if transfer is None or factor is None:
+        # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
+        # place by those who clip or unscale it.
+        return None if task is None else task.clone()
+    gated = transfer * factor.to(transfer)
+    return gated if task is None else task + gated
+
+
+def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound: float) -> Tensor:
+    """Return the factor of each transfer gradient from the norms of both, entry by entry."""
+    if gate == "norm":
+        limit = bound * task_norm
+        return torch.where(transfer_norm > limit, limit / transfer_norm, 1.0)
+    if gate == "sigmoid":
+        # A transfer gradient of zero may have any factor; 0 / 0 must not make it NaN.
+        return torch.sigmoid((task_norm / transfer_norm).nan_to_num(1.0).clamp_min(1.0))
+    factors = [gate(t, d) for t, d in zip(task_norm, transfer_norm, strict=True)]
+    return torch.stack([torch.as_tensor(factor).to(task_norm) for factor in factors])
+
+
+def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the Euclidean norm of each gradient, in float32 at least; zero for None."""
+    some = next(gradient for gradient in gradients if gradient is not None)
+    dtype = torch.promote_types(some.dtype, torch.float32)
+    norms = [
+        torch.zeros(()) if gradient is None else torch.linalg.vector_norm(gradient, dtype=dtype)
+        for gradient in gradients
+    ]
+    return torch.stack([norm.to(some.device, dtype) for norm in norms])
+
+
+def average_over_processes(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], group: dist.ProcessGroup
+) -> list[Tensor | None]:
+    """Average gradients over a process group; None only where no process has a gradient."""
+    reached = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
+    reached = reached.to(params[0].device)
+    dist.all_reduce(reached, group=group)
+    averaged: list[Tensor | None] = [None] * len(params)
+    places = [n for n, count in enumerate(reached.tolist()) if count]
+    for kind in {(params[n].dtype, params[n].device) for n in places}:
+        same = [n for n in places if (params[n].dtype, params[n].device) == kind]
+        dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
+        flat, shapes = pack(dense, "*")  # one message a kind
+        dist.all_reduce(flat, group=group)
+        for n, mean in zip(same, unpack(flat / group.size(), shapes, "*"), strict=True):
+            averaged[n] = mean
+    return averaged
+
+
+def _gradients(
+    name: str, loss: Any, params: list[Tensor], *, retain_graph: bool
+) -> list[Tensor | None]:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"`{name}` must be a scalar; got shape {tuple(loss.shape)}.")
+    gradients: tuple[Tensor | None, ...] = ()
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"`{name}` must depend on the optimizer's parameters; none of the {len(params)} gets a "
+            "gradient. Is the student run, and are its features taken, without `no_grad` and "
+            "`detach`?"
+        )
+    return list(gradients)
+
+
+def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new

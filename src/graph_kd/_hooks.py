@@ -1,0 +1,143 @@
+"""Read features at sensing points, from models that do not return them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["FeatureHooks"]
+
+
+class FeatureHooks:
+    """Collect the outputs of named layers during a forward pass.
+
+    Outputs are kept as they are: with gradient where the layer gives it, until the next forward
+    pass of the model begins. Names are those of the plain model: `DistributedDataParallel` and
+    `torch.compile` wrappers are seen through. Place hooks before a compiled model's first call;
+    torch ignores those that come later. An in-place operation after a sensing point (such as
+    ``ReLU(inplace=True)``) changes what was collected; name that layer instead.
+
+    Args:
+        model: The model; its own forward must be called, it marks the beginning of a pass.
+        layers: Dotted module names, as in ``model.named_modules()``, in the order wanted.
+
+    Raises:
+        TypeError: ``model`` is no module or is a `DataParallel`, or ``layers`` is a single string.
+        ValueError: ``layers`` is empty, repeats a name, or holds one the model does not have.
+        RuntimeError: on access, a layer did not run, or ran more than once, in the last forward.
+
+    Example:
+        >>> import torch
+        >>> from graph_kd import FeatureHooks
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> with FeatureHooks(model, ["0", "1"]) as hooks:
+        ...     output = model(torch.randn(2, 4))
+        ...     [tuple(feature.shape) for feature in hooks.features]
+        [(2, 8), (2, 8)]
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        plain = unwrap(model)
+        if isinstance(layers, str):
+            raise TypeError(f"`layers` must be a list of module names; got the string {layers!r}.")
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ValueError("`layers` must name at least one layer; got none.")
+        modules = dict(plain.named_modules())
+        for name in self.layers:
+            if name not in modules:
+                raise ValueError(_unknown(name, list(modules)))
+            if self.layers.count(name) > 1:
+                raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
+        self._outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
+        self._handles = [plain.register_forward_pre_hook(self._begin)]
+        self._handles += [
+            modules[name].register_forward_hook(self._keeper(name)) for name in self.layers
+        ]
+
+    @property
+    def features(self) -> list[Any]:
+        """The layers' outputs in the last forward pass, in the order of `layers`.
+
+        They stay readable after `remove`.
+        """
+        for name, outputs in self._outputs.items():
+            if not outputs:
+                raise RuntimeError(
+                    f"Layer {name!r} did not run in the last forward pass. Call the model itself "
+                    "before reading `features`, and name layers that its forward uses."
+                )
+            if len(outputs) > 1:
+                raise RuntimeError(
+                    f"Layer {name!r} ran {len(outputs)} times in the last forward pass; a sensing "
+                    "point must run once. Give each use a module of its own, and call the model "
+                    "itself, which marks the beginning of a pass."
+                )
+        return [outputs[0] for outputs in self._outputs.values()]
+
+    def remove(self) -> None:
+        """Detach everything from the model; calling it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.features)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __enter__(self) -> FeatureHooks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"FeatureHooks(layers={list(self.layers)})"
+
+    def _begin(self, _module: nn.Module, _inputs: Any) -> None:
+        for name in self.layers:
+            self._outputs[name] = []
+
+    def _keeper(self, name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._outputs[name].append(output)
+
+        return keep
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the plain model inside `DistributedDataParallel` and `torch.compile` wrappers."""
+    if isinstance(model, DataParallel):
+        raise TypeError(
+            "`model` must not be a DataParallel: its replicas live for one forward pass and hooks "
+            "see the part of the batch that one of them gets. Use DistributedDataParallel, or hook "
+            "the plain model (`model.module`) on one device."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    if isinstance(model, DistributedDataParallel):
+        return unwrap(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def _unknown(name: Any, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    hint = (
+        "The nearest names are " + ", ".join(repr(near) for near in nearest)
+        if nearest
+        else "See `model.named_modules()` for the names there are"
+    )
+    return f"`layers` must name modules of the model; it has no {name!r}. {hint}."

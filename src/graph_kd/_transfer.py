@@ -1,0 +1,313 @@
+"""Hand the teacher's graphs to the student (Lee & Song 2019, L_transfer; step 4).
+
+Axes: ``b`` sample, ``c`` channel, ``k`` singular vector, ``m`` head, ``i`` graph row (back-end
+sample), ``j`` graph column (front-end sample).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from graph_kd._checks import check_choice, check_count, check_floating
+from graph_kd._estimator import MultiHeadGraphEstimator
+from graph_kd._svd import align_singular_vectors, channel_count, to_rows, top_singular_vectors
+
+__all__ = ["GraphTransferLoss"]
+
+Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
+
+
+class GraphTransferLoss(nn.Module):
+    """Make a student embed a batch as its teacher does: compare their graphs, pair by pair.
+
+    Sensing points are layers at which teacher and student have the same number of channels, front
+    to back; each two neighbours are a pair with an estimator of its own. First train the estimators
+    with `estimator_loss` on the frozen teacher, then train the student with `forward`.
+
+    Equation: Lee & Song 2019, L_transfer = Σ_pairs Σ_m,i,j G^S (log G^S - log G^T), natural
+    logarithm, G = softmax_j(squash(S)).
+
+    Differs from the source: nothing by default; ``squash="tanh"`` is the authors' program.
+
+    Gradient: `forward` reaches the student's features alone. The estimators are used in inference
+    mode whatever `train` says: no gradient to them or the teacher, no running statistic moves.
+    `estimator_loss` reaches the estimators alone. Both compute in the estimators' dtype, under
+    autocast too.
+
+    Args:
+        channels: Channels at each sensing point, front to back; at least two. Counts.
+        num_heads: Attention heads of each estimator. Count.
+        k: Singular vectors of the teacher that describe a sample at a point. Above one they are
+            taken as one vector of k · c entries. Count, ≤ min(positions, channels) at every point.
+        student_k: Candidates from which each teacher vector picks its student vector. Count ≥ k;
+            points with fewer positions or channels offer as many as they have.
+        squash: What is done to the logits of teacher and student before the softmax. None: nothing
+            (the poster). "tanh": the authors' program; it saturates on logits beyond ±2 and then
+            carries no gradient. "scaled": division by the square root of the head width (ours). A
+            callable maps logits ``m i j`` to logits.
+        reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
+            divided by the number of samples.
+        process_group: A `torch.distributed` group whose global batch the graphs span: each process
+            takes its own rows against all columns, and only singular vectors travel. The mean over
+            processes of the losses, and of the gradients, is that of one process holding the whole
+            batch. `estimator_loss` is the whole batch's on every process. Every process must hold
+            the same number of samples.
+
+    Shape:
+        - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
+          teacher and student may differ in rank and in space
+        - returns: scalar
+
+    Raises:
+        TypeError: features are no sequence of floating-point tensors, or of a precision higher
+            than the estimators'.
+        ValueError: their count, channels, batch, or device does not fit, or they hold NaN. The
+            message names the point.
+
+    Example:
+        >>> import torch
+        >>> from graph_kd import GraphTransferLoss
+        >>> teacher = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 2, 2)]
+        >>> student = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 2, 2)]
+        >>> transfer = GraphTransferLoss(channels=[16, 32])
+        >>> transfer.estimator_loss(teacher).shape, transfer(student, teacher).shape
+        (torch.Size([]), torch.Size([]))
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_heads: int = 8,
+        *,
+        k: int = 1,
+        student_k: int = 4,
+        squash: Squash = None,
+        reduction: Literal["sum", "batchmean"] = "sum",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(channels, int) or len(channels) < 2:
+            raise ValueError(
+                "`channels` must list the channel counts of at least two sensing points, front to "
+                f"back; got {channels!r}."
+            )
+        self.channels = tuple(check_count(f"channels[{p}]", c) for p, c in enumerate(channels))
+        self.k = check_count("k", k)
+        self.student_k = check_count("student_k", student_k, minimum=k)
+        check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
+        check_choice("reduction", reduction, ("sum", "batchmean"), or_callable=False)
+        self.squash = squash
+        self.reduction = reduction
+        self.process_group = process_group
+        self.estimators = nn.ModuleList(
+            MultiHeadGraphEstimator(k * front, k * back, num_heads)
+            for front, back in pairwise(self.channels)
+        )
+
+    def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
+        """Return L_MHAN summed over pairs; it trains the estimators on the teacher."""
+        teacher = self._check("teacher_features", teacher_features)
+        rows = [gather_rows(row, self.process_group) for row in self._compress_teacher(teacher)]
+        losses = []
+        with torch.autocast(rows[0].device.type, enabled=False):
+            for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True):
+                kept_heads = estimator.draw_kept_heads(back)
+                if kept_heads is not None and self.process_group is not None:
+                    # Processes draw differently, but must train the same estimator.
+                    first = dist.get_global_rank(self.process_group, 0)
+                    dist.broadcast(kept_heads, src=first, group=self.process_group)
+                losses.append(estimator.loss(front, back, kept_heads=kept_heads))
+        return torch.stack(losses).sum()
+
+    def forward(
+        self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
+    ) -> Tensor:
+        """Return L_transfer; it trains the student."""
+        student = self._check("student_features", student_features)
+        teacher = self._check("teacher_features", teacher_features, batch=len(student[0]))
+        student_rows, teacher_rows = self._compress_pair(student, teacher)
+        with torch.no_grad():
+            teacher_log_graphs = self._log_graphs(teacher_rows)
+        pairs = [
+            (student_log.exp() * (student_log - teacher_log)).sum()
+            for student_log, teacher_log in zip(
+                self._log_graphs(student_rows), teacher_log_graphs, strict=True
+            )
+        ]
+        # Over processes the mean is taken later: it must give the sum over all rows.
+        processes = 1 if self.process_group is None else self.process_group.size()
+        samples = len(student[0]) if self.reduction == "batchmean" else 1 / processes
+        return torch.stack(pairs).sum() / samples
+
+    @torch.no_grad()
+    def graphs(
+        self, features: Iterable[Tensor], align_to: Iterable[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the graphs that the transfer compares, one ``m i j`` a pair, to look at.
+
+        Args:
+            features: Feature maps of a teacher or a student, one a sensing point.
+            align_to: The teacher's features, where ``features`` are a student's: its vectors are
+                aligned as in `forward`. Without it the top k vectors are taken as they are.
+        """
+        checked = self._check("features", features)
+        if align_to is None:
+            rows = self._compress_teacher(checked, name="features")
+        else:
+            teacher = self._check("align_to", align_to, batch=len(checked[0]))
+            rows, _ = self._compress_pair(checked, teacher, names=("features", "align_to"))
+        return [log_graph.exp() for log_graph in self._log_graphs(rows)]
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``print(module)``."""
+        return (
+            f"channels={list(self.channels)}, k={self.k}, student_k={self.student_k}, "
+            f"squash={self.squash!r}, reduction={self.reduction!r}"
+        )
+
+    def _compress_teacher(
+        self, features: list[Tensor], *, name: str = "teacher_features"
+    ) -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                self._as_row(self._vectors(f, self.k, f"{name}[{p}]"))
+                for p, f in enumerate(features)
+            ]
+
+    def _compress_pair(
+        self,
+        student: list[Tensor],
+        teacher: list[Tensor],
+        *,
+        names: tuple[str, str] = ("student_features", "teacher_features"),
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        teacher_rows, student_rows = [], []
+        for p, (student_map, teacher_map) in enumerate(zip(student, teacher, strict=True)):
+            with torch.no_grad():
+                target = self._vectors(teacher_map, self.k, f"{names[1]}[{p}]")
+            candidates = self._vectors(student_map, self.student_k, f"{names[0]}[{p}]")
+            student_rows.append(self._as_row(align_singular_vectors(candidates, target)))
+            teacher_rows.append(self._as_row(target))
+        return student_rows, teacher_rows
+
+    def _vectors(self, features: Tensor, count: int, name: str) -> Tensor:
+        """Return the top ``count`` singular vectors, or all there are but at least k."""
+        matrix = to_rows(features, name=name)
+        available = max(self.k, min(count, *matrix.shape[1:]))
+        return top_singular_vectors(matrix, available, name=name)
+
+    def _as_row(self, vectors_bkc: Tensor) -> Tensor:
+        """Put the k vectors of a sample side by side, as one unit vector of the heads' dtype."""
+        row: Tensor = rearrange(vectors_bkc, "b k c -> b (k c)") / math.sqrt(self.k)
+        weight = self._heads[0].f2.weight
+        return row.to(weight.dtype)
+
+    def _log_graphs(self, rows: list[Tensor]) -> list[Tensor]:
+        """Return log G of every pair; rows are this process's samples, columns the group's."""
+        log_graphs = []
+        with torch.autocast(rows[0].device.type, enabled=False):
+            columns = [gather_rows(row, self.process_group) for row in rows[:-1]]
+            for estimator, front, back in zip(self._heads, columns, rows[1:], strict=True):
+                logits = self._squashed(
+                    estimator.frozen_logits(front, back), estimator.head_channels
+                )
+                log_graphs.append(logits.log_softmax(dim=-1))
+        return log_graphs
+
+    def _squashed(self, logits: Tensor, head_channels: int) -> Tensor:
+        if self.squash is None:
+            return logits
+        if self.squash == "tanh":
+            return logits.tanh()
+        if self.squash == "scaled":
+            return logits / math.sqrt(head_channels)
+        squashed: Tensor = self.squash(logits)
+        return squashed
+
+    @property
+    def _heads(self) -> list[MultiHeadGraphEstimator]:
+        return cast(list[MultiHeadGraphEstimator], list(self.estimators))
+
+    def _check(
+        self, name: str, features: Iterable[Tensor], *, batch: int | None = None
+    ) -> list[Tensor]:
+        """Return the features as a list that fits the sensing points and the estimators."""
+        if isinstance(features, Tensor) or not isinstance(features, Iterable):
+            raise TypeError(
+                f"`{name}` must be a list with one tensor a sensing point; "
+                f"got {type(features).__name__}."
+            )
+        maps = list(features.values() if isinstance(features, Mapping) else features)
+        if len(maps) != len(self.channels):
+            raise ValueError(
+                f"`{name}` must hold {len(self.channels)} tensors, one for each entry of "
+                f"channels={list(self.channels)}; got {len(maps)}."
+            )
+        weight = self._heads[0].f2.weight
+        for p, (features_p, channels) in enumerate(zip(maps, self.channels, strict=True)):
+            point = f"{name}[{p}]"
+            check_floating(point, features_p)
+            shape = tuple(features_p.shape)
+            if channel_count(features_p, name=point) != channels:
+                raise ValueError(
+                    f"`{point}` must have {channels} channels, as channels[{p}] says; "
+                    f"got {channel_count(features_p)} in shape {shape}."
+                )
+            batch = shape[0] if batch is None else batch
+            if shape[0] != batch:
+                raise ValueError(
+                    f"`{point}` must hold the same {batch} samples as the points before it; "
+                    f"got {shape[0]} in shape {shape}."
+                )
+            if batch < 2:
+                raise ValueError(
+                    f"`{point}` must hold at least 2 samples: a graph relates samples to each "
+                    f"other; got {batch}. Drop the last incomplete batch of an epoch."
+                )
+            if features_p.device != weight.device:
+                raise ValueError(
+                    f"`{point}` must be on {weight.device}, where the estimators are; "
+                    f"got {features_p.device}. Move one of them with `.to(...)`."
+                )
+            vector_dtype = torch.promote_types(features_p.dtype, torch.float32)
+            if torch.promote_types(vector_dtype, weight.dtype) != weight.dtype:
+                raise TypeError(
+                    f"`{point}` of {features_p.dtype} gives vectors of {vector_dtype}, which do "
+                    f"not fit estimators of {weight.dtype}. Convert the loss with "
+                    f"`.to({vector_dtype})`."
+                )
+        return maps
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows of all processes of ``group``, in rank order; ``rows`` without a group.
+
+    Gradient: each process gets the sum over processes of the gradients of its own rows.
+    """
+    if group is None:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows, group)  # type: ignore[no-untyped-call] # torch's own method has no types
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use `grad`
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(ctx.group.size())[ctx.group.rank()], None

@@ -1,0 +1,14 @@
+"""Settings of every test: derandomised properties, and two threads as on a small machine."""
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "graph-kd",
+    derandomize=True,
+    deadline=None,  # the first example of a shape pays for torch's start-up
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("graph-kd")
+torch.set_num_threads(min(2, torch.get_num_threads()))

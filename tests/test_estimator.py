@@ -1,0 +1,175 @@
+"""Laws of the estimator, against slow loops and by its symmetries."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+
+from graph_kd import MultiHeadGraphEstimator
+
+FRONT, BACK, BATCH = 5, 7, 6
+
+
+def unit_rows(count, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, channels, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def make(seed=0, **settings):
+    """Return an estimator whose batch norms are not at their identity."""
+    torch.manual_seed(seed)
+    estimator = MultiHeadGraphEstimator(FRONT, BACK, **settings).double()
+    for tensor in [*estimator.parameters(), *estimator.buffers()]:
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.data = 0.5 + torch.rand_like(tensor)
+    return estimator
+
+
+def vectors(seed=0, count=BATCH):
+    return unit_rows(count, FRONT, seed), unit_rows(count, BACK, seed + 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@given(seed=seeds, num_heads=st.integers(1, 4), head_channels=st.sampled_from([None, 3]))
+def test_logits_and_estimate_equal_the_loops(training, seed, num_heads, head_channels):
+    estimator = make(seed, num_heads=num_heads, head_channels=head_channels).train(training)
+    front, back = vectors(seed)
+    kept = torch.randint(0, 2, (num_heads, BATCH)).double()
+    wanted = reference.logits(estimator, front, back, training=training)
+    estimate = reference.estimate(estimator, front, back, kept, training=training)
+    torch.testing.assert_close(estimator.attention_logits(front, back), wanted)
+    torch.testing.assert_close(estimator(front, back, kept_heads=kept), estimate)
+
+
+@given(seed=seeds)
+def test_frozen_logits_are_those_of_inference_whatever_train_says(seed):
+    estimator, (front, back) = make(seed), vectors(seed)
+    state = {name: tensor.clone() for name, tensor in estimator.state_dict().items()}
+    frozen = estimator.train().frozen_logits(front, back)
+    torch.testing.assert_close(frozen, estimator.eval().attention_logits(front, back))
+    assert not frozen.requires_grad
+    for name, tensor in estimator.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@given(seed=seeds)
+def test_permuting_samples_permutes_rows_and_columns_and_leaves_the_loss(seed):
+    estimator, (front, back) = make(seed, drop_heads=False), vectors(seed)
+    order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(seed))
+    logits = estimator.attention_logits(front, back)
+    torch.testing.assert_close(
+        estimator.attention_logits(front[order], back[order]), logits[:, order][:, :, order]
+    )
+    torch.testing.assert_close(estimator.attention_logits(front[order], back), logits[..., order])
+    torch.testing.assert_close(
+        estimator.loss(front[order], back[order]), estimator.loss(front, back)
+    )
+
+
+@given(seed=seeds)
+def test_estimates_are_unit_rows_and_the_loss_is_a_cosine_distance(seed):
+    estimator, (front, back) = make(seed), vectors(seed)
+    norms = estimator(front, back).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    assert 0 <= estimator.loss(front, back) <= 2
+
+
+@given(seed=seeds, num_heads=st.integers(2, 8))
+def test_some_head_stays_and_some_head_goes_in_every_row(seed, num_heads):
+    torch.manual_seed(seed)
+    kept = make(num_heads=num_heads).draw_kept_heads(torch.ones(50, BACK))
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert ((kept.sum(dim=0) > 0) & (kept.sum(dim=0) < num_heads)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "training"),
+    [({"drop_heads": False}, True), ({"num_heads": 1}, True), ({}, False)],
+    ids=["switched off", "single head", "evaluation"],
+)
+def test_no_head_is_dropped_when(settings, training):
+    estimator, (front, back) = make(**settings).train(training), vectors()
+    assert estimator.draw_kept_heads(back) is None
+    assert torch.equal(estimator(front, back), estimator(front, back))
+
+
+def test_dropped_heads_make_training_random():
+    estimator, (front, back) = make(), vectors()
+    assert not torch.equal(estimator(front, back), estimator(front, back))
+
+
+def test_training_learns_to_predict_the_back_end():
+    torch.manual_seed(0)
+    estimator = MultiHeadGraphEstimator(FRONT, BACK, num_heads=2)
+    front = torch.nn.functional.normalize(torch.randn(64, FRONT), dim=1)
+    back = torch.nn.functional.normalize(front @ torch.randn(FRONT, BACK), dim=1)
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
+    before = estimator.loss(front, back).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        estimator.loss(front, back).backward()
+        optimizer.step()
+    assert estimator.loss(front, back).item() < 0.5 * before
+
+
+def test_gradient_reaches_every_parameter_and_both_inputs():
+    estimator, (front, back) = make(), vectors()
+    estimator.loss(front.requires_grad_(), back.requires_grad_()).backward()
+    for name, parameter in [*estimator.named_parameters(), ("front", front), ("back", back)]:
+        assert parameter.grad is not None, name
+
+
+def test_gradcheck_of_logits_and_loss():
+    estimator, (front, back) = make(num_heads=2, drop_heads=False).eval(), vectors(count=3)
+    inputs = (front.requires_grad_(), back.requires_grad_())
+    assert torch.autograd.gradcheck(estimator.frozen_logits, inputs)
+    assert torch.autograd.gradcheck(estimator.loss, inputs)
+
+
+def test_state_dict_reads_like_the_method():
+    estimator = MultiHeadGraphEstimator(16, 24, num_heads=8)
+    shapes = {name: tuple(t.shape) for name, t in estimator.named_parameters()}
+    assert shapes == {
+        "theta.0.weight": (160, 24),
+        "theta.1.weight": (160,),
+        "theta.1.bias": (160,),
+        "phi.0.weight": (160, 16),
+        "phi.1.weight": (160,),
+        "phi.1.bias": (160,),
+        "f1.0.weight": (20, 16),
+        "f1.1.weight": (20,),
+        "f1.1.bias": (20,),
+        "f2.weight": (24, 160),
+        "f2.bias": (24,),
+    }
+    assert "num_heads=8, head_channels=20" in repr(estimator)
+
+
+@pytest.mark.parametrize(
+    ("front", "back", "error", "message"),
+    [
+        (
+            torch.ones(4, 3),
+            torch.ones(4, BACK),
+            ValueError,
+            r"`front` .*\(samples, 5\); got \(4, 3",
+        ),
+        (torch.ones(4, FRONT), torch.ones(4), ValueError, r"`back` must have shape \(samples, 7\)"),
+        (torch.ones(1, FRONT), torch.ones(1, BACK), ValueError, r"at least 2 samples.*got 1 and 1"),
+        (torch.ones(4, FRONT).int(), torch.ones(4, BACK), TypeError, r"`front` must be a floating"),
+        (None, torch.ones(4, BACK), TypeError, r"`front` must be a tensor; got NoneType"),
+    ],
+)
+def test_rejects_vectors_that_do_not_fit(front, back, error, message):
+    with pytest.raises(error, match=message):
+        MultiHeadGraphEstimator(FRONT, BACK).attention_logits(front, back)
+
+
+@pytest.mark.parametrize("name", ["front_channels", "back_channels", "num_heads", "head_channels"])
+def test_rejects_sizes_that_are_no_counts(name):
+    sizes = {"front_channels": 2, "back_channels": 2, name: 0}
+    with pytest.raises(ValueError, match=f"`{name}` must be an int ≥ 1; got 0"):
+        MultiHeadGraphEstimator(**sizes)

@@ -1,0 +1,355 @@
+"""Laws of the singular vectors: values, signs, invariances and gradients."""
+
+import pytest
+import reference
+import torch
+from einops import rearrange, reduce
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import as_map, decaying_values, matrix_of, orthonormal, seeds
+
+from graph_kd import SVDFeature, align_singular_vectors
+
+SHAPES = {"tall": (3, 3, 5), "wide": (2, 2, 7), "square": (3, 2, 6)}  # h, w, c
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def random_map(shape, batch=3, seed=0, dtype=torch.float64):
+    h, w, c = shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, c, h, w, generator=generator, dtype=dtype)
+
+
+def rows_of(features):
+    return rearrange(features, "b c h w -> b (h w) c")
+
+
+def mean_side(vectors, features):
+    return (vectors @ reduce(features, "b c h w -> b c 1", "mean"))[..., 0]
+
+
+@shapes
+@pytest.mark.parametrize("k", [1, 2, 4])
+@given(seed=seeds)
+def test_equals_a_full_svd_with_canonical_signs(shape, k, seed):
+    features = random_map(shape, seed=seed)
+    wanted = reference.top_right_singular_vectors(rows_of(features), k)
+    torch.testing.assert_close(SVDFeature(k)(features), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 9), (3, 3, 20)])
+@given(values=decaying_values(4), seed=seeds)
+def test_known_vectors_of_a_built_matrix(shape, values, seed):
+    h, w, c = shape
+    matrix, right = matrix_of(values, h * w, c, seed)
+    vectors = SVDFeature(4)(as_map(matrix, h, w))
+    cosine = (vectors * right).sum(dim=-1)
+    torch.testing.assert_close(cosine.abs(), torch.ones_like(cosine), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 16), (4, 4, 32)])
+def test_float32_resolves_values_a_float32_gram_matrix_would_lose(shape):
+    h, w, c = shape
+    matrix, right = matrix_of([1.0, 1e-2, 1e-3, 5e-4], h * w, c)
+    cosine = (SVDFeature(4)(as_map(matrix, h, w).float()) * right).sum(dim=-1).abs()
+    assert (1 - cosine).max() < 1e-6
+
+
+@shapes
+@given(seed=seeds, k=st.integers(1, 4), rank=st.integers(0, 4))
+def test_rows_are_orthonormal_whatever_the_rank(shape, seed, k, rank):
+    h, w, c = shape
+    features = as_map(matrix_of([2.0**-r for r in range(rank)], h * w, c, seed)[0], h, w)
+    vectors = SVDFeature(k)(features)
+    torch.testing.assert_close(
+        vectors @ vectors.mT, torch.eye(k, dtype=torch.float64)[None], rtol=0, atol=1e-9
+    )
+
+
+@shapes
+@given(seed=seeds)
+def test_mean_position_is_on_the_positive_side(shape, seed):
+    features = random_map(shape, seed=seed)
+    assert mean_side(SVDFeature(4)(features), features).min() >= 0
+
+
+@shapes
+@given(seed=seeds)
+def test_negating_a_map_negates_its_vectors(shape, seed):
+    features = random_map(shape, seed=seed)
+    torch.testing.assert_close(SVDFeature(4)(-features), -SVDFeature(4)(features))
+
+
+@shapes
+@given(seed=seeds)
+def test_order_of_positions_does_not_matter(shape, seed):
+    features = random_map(shape, seed=seed)
+    h, w, _ = shape
+    order = torch.randperm(h * w, generator=torch.Generator().manual_seed(seed))
+    shuffled = as_map(rows_of(features)[:, order], h, w)
+    torch.testing.assert_close(SVDFeature(4)(shuffled), SVDFeature(4)(features))
+
+
+@shapes
+@given(seed=seeds)
+def test_rotation_of_positions_changes_no_more_than_signs(shape, seed):
+    h, w, _ = shape
+    features = random_map(shape, seed=seed)
+    rotation = orthonormal(h * w, h * w, torch.Generator().manual_seed(seed))
+    rotated = as_map(rotation @ rows_of(features), h, w)
+    cosine = (SVDFeature(4)(rotated) * SVDFeature(4)(features)).sum(dim=-1)
+    torch.testing.assert_close(cosine.abs(), torch.ones_like(cosine), rtol=0, atol=1e-7)
+
+
+@shapes
+@given(seed=seeds)
+def test_rotation_of_channels_rotates_the_vectors(shape, seed):
+    c = shape[2]
+    features = random_map(shape, seed=seed)
+    rotation = orthonormal(c, c, torch.Generator().manual_seed(seed))
+    rotated = torch.einsum("b c h w, c d -> b d h w", features, rotation)
+    torch.testing.assert_close(SVDFeature(4)(rotated), SVDFeature(4)(features) @ rotation)
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-15, 1e-3, 1e3, 1e15])
+def test_positive_scale_does_not_matter_and_its_gradient_is_inverse(shape, dtype, scale):
+    features = random_map(shape, dtype=dtype).requires_grad_()
+    scaled = (features.detach() * scale).requires_grad_()
+    target = torch.randn(3, 4, shape[2], dtype=dtype, generator=torch.Generator().manual_seed(1))
+    vectors, scaled_vectors = SVDFeature(4)(features), SVDFeature(4)(scaled)
+    torch.testing.assert_close(scaled_vectors, vectors, rtol=0, atol=2e-5)
+    (gradient,) = torch.autograd.grad((vectors * target).sum(), features)
+    (scaled_gradient,) = torch.autograd.grad((scaled_vectors * target).sum(), scaled)
+    torch.testing.assert_close(scaled_gradient * scale, gradient, rtol=2e-3, atol=1e-4)
+
+
+@given(seed=seeds)
+def test_samples_do_not_see_each_other(seed):
+    features = random_map((3, 3, 5), batch=4, seed=seed)
+    one_by_one = torch.cat([SVDFeature(2)(feature[None]) for feature in features])
+    torch.testing.assert_close(SVDFeature(2)(features), one_by_one)
+
+
+def gradcheck(k, features):
+    return torch.autograd.gradcheck(SVDFeature(k), (features.requires_grad_(),))
+
+
+@shapes
+@pytest.mark.parametrize("k", [1, 4])
+def test_gradient_is_the_derivative(shape, k):
+    assert gradcheck(k, random_map(shape, batch=2))
+
+
+@shapes
+@pytest.mark.parametrize("k", [1, 4])
+def test_gradient_is_the_derivative_with_dead_channels(shape, k):
+    features = random_map(shape, batch=2).relu()
+    features[:, 1] = 0
+    assert gradcheck(k, features)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 2, 7)])
+def test_gradient_is_the_derivative_at_rank_one(shape):
+    h, w, c = shape
+    assert gradcheck(1, as_map(matrix_of([3.0], h * w, c)[0], h, w))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 3, 8), (2, 3, 6)])
+def test_gradient_is_the_derivative_with_repeated_values_behind_it(shape):
+    h, w, c = shape
+    assert gradcheck(2, as_map(matrix_of([3.0, 2.0, 1.0, 1.0], h * w, c)[0], h, w))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 3, 8), (2, 3, 6)])
+def test_repeated_returned_values_give_the_derivative_of_their_plane(shape):
+    h, w, c = shape
+    features = as_map(matrix_of([3.0, 2.0, 2.0, 1.0], h * w, c)[0], h, w)
+
+    def projector(x):
+        plane = SVDFeature(3)(x)[:, 1:]
+        return plane.mT @ plane  # does not depend on how the plane's vectors are turned
+
+    assert torch.autograd.gradcheck(projector, (features.requires_grad_(),))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 2, 4)])
+def test_gradient_of_the_smallest_vector_at_full_rank(shape):
+    h, w, c = shape
+    matrix, _ = matrix_of([3.0, 2.0, 1.0, 0.5], h * w, c)
+    assert gradcheck(4, as_map(matrix, h, w))
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind", ["zero", "constant", "rank one", "duplicate channels", "identity", "tiny", "huge"]
+)
+def test_value_and_gradient_are_finite_where_the_derivative_is_not_defined(shape, dtype, kind):
+    h, w, c = shape
+    random = random_map(shape, dtype=dtype)
+    features = {
+        "zero": torch.zeros_like(random),
+        "constant": torch.ones_like(random),
+        "rank one": random[:, :1] * random[:1, :, :1, :1],
+        "duplicate channels": random[:, :1].expand_as(random),
+        "identity": as_map(torch.eye(h * w, c, dtype=dtype).expand(3, -1, -1), h, w),
+        "tiny": random * torch.finfo(dtype).tiny,
+        "huge": random / random.abs().max() * torch.finfo(dtype).max,
+    }[kind]
+    features = features.clone().requires_grad_()
+    vectors = SVDFeature(4)(features)
+    assert vectors.dtype == dtype
+    gram = vectors @ vectors.mT
+    torch.testing.assert_close(gram, torch.eye(4, dtype=dtype).expand_as(gram), rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(vectors.square().sum() + vectors.sum(), features)
+    assert gradient.isfinite().all()
+    if kind in ("zero", "tiny"):
+        assert not gradient.any()
+
+
+def test_zero_maps_do_not_disturb_their_neighbours():
+    features = random_map((3, 3, 5)).requires_grad_()
+    alone = features.detach()[:2].clone().requires_grad_()
+    with_zero = torch.cat([features[:2], torch.zeros_like(features[:1])])
+    target = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad((SVDFeature(2)(with_zero) @ target).sum(), features)
+    (wanted,) = torch.autograd.grad((SVDFeature(2)(alone) @ target).sum(), alone)
+    torch.testing.assert_close(gradient[:2], wanted)
+    assert not gradient[2].any()
+
+
+def test_gradient_can_not_be_differentiated_again():
+    features = random_map((3, 3, 5)).requires_grad_()
+    (gradient,) = torch.autograd.grad(SVDFeature(1)(features).sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="SVDFeature can not be differentiated again"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "rows"),
+    [
+        ((2, 5, 3, 4), None, "b c h w -> b (h w) c"),
+        ((2, 5, 3, 2, 2), None, "b c t h w -> b (t h w) c"),
+        ((2, 7, 5), None, "b n c -> b n c"),
+        ((2, 5), None, "b c -> b 1 c"),
+        ((2, 3, 4, 5), -1, "b h w c -> b (h w) c"),
+        ((2, 5, 7), 1, "b c n -> b n c"),
+    ],
+)
+def test_channels_are_where_the_rank_or_channel_dim_says(shape, channel_dim, rows):
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = reference.top_right_singular_vectors(rearrange(features, rows), 1)
+    torch.testing.assert_close(SVDFeature(channel_dim=channel_dim)(features), wanted)
+
+
+def test_one_position_is_the_normalised_vector():
+    features = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.functional.normalize(features, dim=1)
+    torch.testing.assert_close(SVDFeature()(features)[:, 0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast):
+    features = random_map((4, 4, 6)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        vectors = SVDFeature(2)(features)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors, SVDFeature(2)(features.detach().float()))
+    vectors.sum().backward()
+    assert features.grad.dtype == dtype
+
+
+def test_memory_format_does_not_matter():
+    features = random_map((4, 4, 6))
+    channels_last = features.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(SVDFeature(2)(channels_last), SVDFeature(2)(features))
+
+
+# torch.compile itself makes a Function object to trace one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_to_one_graph_with_the_same_gradient():
+    torch._dynamo.reset()
+    features = random_map((4, 4, 6)).requires_grad_()
+    compiled = torch.compile(SVDFeature(4), fullgraph=True, backend="aot_eager")
+    (wanted,) = torch.autograd.grad(SVDFeature(4)(features).sum(), features)
+    (gradient,) = torch.autograd.grad(compiled(features).sum(), features)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@given(seed=seeds, k_teacher=st.integers(1, 3))
+def test_alignment_equals_the_loops(seed, k_teacher):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.stack([orthonormal(4, 6, generator) for _ in range(5)])
+    teacher = torch.stack([orthonormal(k_teacher, 6, generator) for _ in range(5)])
+    aligned = align_singular_vectors(student, teacher)
+    torch.testing.assert_close(aligned, reference.align(student, teacher))
+    assert (aligned * teacher).sum(dim=-1).min() >= 0
+
+
+def test_alignment_undoes_order_and_sign_of_the_student():
+    generator = torch.Generator().manual_seed(0)
+    teacher = orthonormal(4, 6, generator)[None]
+    turned = teacher[:, [2, 0, 3, 1]] * torch.tensor([1.0, -1.0, -1.0, 1.0])[:, None]
+    torch.testing.assert_close(align_singular_vectors(turned, teacher), teacher)
+
+
+def test_alignment_keeps_unit_rows_at_a_cosine_of_zero_and_at_ties():
+    axes = torch.eye(4)[None]
+    orthogonal = align_singular_vectors(axes[:, :2], axes[:, 3:])
+    torch.testing.assert_close(orthogonal, axes[:, :1])
+    tied = align_singular_vectors(axes[:, :2], torch.tensor([[[0.6, 0.6, 0.0, 0.0]]]))
+    torch.testing.assert_close(tied, axes[:, :1])
+
+
+def test_alignment_gives_gradient_to_the_chosen_student_vector_alone():
+    student = torch.eye(4)[None, :2].clone().requires_grad_()
+    teacher = torch.tensor([[[0.1, -0.9, 0.0, 0.0]]], requires_grad=True)
+    align_singular_vectors(student, teacher).sum().backward()
+    assert teacher.grad is None
+    wanted = torch.stack([torch.zeros(4), -torch.ones(4)])[None]
+    torch.testing.assert_close(student.grad, wanted)
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        ([1.0], TypeError, r"`features` must be a tensor; got list"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.int64), TypeError, r"`features` .*got torch.int64"),
+        (torch.ones(3), ValueError, r"`features` must have axes .* got shape \(3,\)"),
+        (torch.ones(1, 1, 2, 2, 2, 2), ValueError, r"`features` must have axes .*1, 1, 2, 2, 2, 2"),
+        (torch.ones(2, 4, 0, 3), ValueError, r"`features` .* at least one position .*\(2, 4, 0, 3"),
+        (torch.ones(2, 3, 1, 1), ValueError, r"`k` must be at most .* = 1 for `features`; got 2"),
+        (torch.full((2, 3, 4, 4), torch.nan), ValueError, r"`features` must be finite; .* 2 of 2"),
+        (torch.full((2, 3, 4, 4), torch.inf), ValueError, r"`features` must be finite"),
+    ],
+)
+def test_rejects_features_that_do_not_fit(features, error, message):
+    with pytest.raises(error, match=message):
+        SVDFeature(k=2)(features)
+
+
+@pytest.mark.parametrize("channel_dim", [0, -4, 4])
+def test_rejects_a_channel_dim_that_is_none(channel_dim):
+    with pytest.raises(ValueError, match=r"`channel_dim` must name an axis of `features` other"):
+        SVDFeature(channel_dim=channel_dim)(torch.ones(2, 3, 4, 4))
+
+
+def test_rejects_k_that_is_no_count():
+    with pytest.raises(ValueError, match=r"`k` must be an int ≥ 1; got 0"):
+        SVDFeature(k=0)
+    with pytest.raises(TypeError, match=r"`k` must be an int; got 1.5"):
+        SVDFeature(k=1.5)
+
+
+def test_rejects_vectors_that_do_not_pair_up():
+    with pytest.raises(ValueError, match=r"`student` and `teacher` must have axes .*\(2, 4, 5\)"):
+        align_singular_vectors(torch.ones(2, 4, 5), torch.ones(2, 1, 6))
+    with pytest.raises(TypeError, match=r"`teacher` must be a tensor"):
+        align_singular_vectors(torch.ones(2, 4, 5), None)
+
+
+def test_settings_are_shown():
+    assert repr(SVDFeature(2, channel_dim=-1)) == "SVDFeature(k=2, channel_dim=-1)"
