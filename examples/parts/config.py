@@ -1,0 +1,68 @@
+"""Command lines from frozen dataclasses: a field is a flag, its metadata the help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["flag", "parse", "plain"]
+
+C = TypeVar("C")
+
+
+def flag(default: Any, help: str) -> Any:  # noqa: A002 # argparse's own name for it
+    """Return a dataclass field whose flag has this default and help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
+    """Read the command line into ``config``; unknown flags and wrong values end the program.
+
+    A field ``tuple[T, ...]`` takes several values, ``T | None`` may be left out, and a `Literal`
+    one of its values.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):  # type: ignore[arg-type] # any dataclass will do
+        hint, default = hints[field.name], field.default
+        several = get_origin(hint) is tuple
+        kind = _kind(hint)
+        literal = get_origin(kind) is Literal
+        shown = "" if default is None else f" (default: {_shown(default)})"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=str if literal else kind,
+            default=default,
+            nargs="+" if several else None,
+            choices=get_args(kind) if literal else None,
+            help=(field.metadata["help"] + shown).replace("%", "%%"),
+        )
+    values = vars(parser.parse_args(arguments))
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a config as plain types, for records and checkpoints."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def _kind(hint: Any) -> Any:
+    """Return the type of one value of a field."""
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0]
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,315 @@
+"""CIFAR-100 as two tensors a split, read from a folder, an archive or a checked download.
+
+Axis letters: ``n`` image, ``c`` channel, ``h w`` space, ``r`` byte of a record.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NamedTuple
+from urllib.request import urlopen
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
+
+__all__ = ["ImageSet", "load_cifar100"]
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # stated at https://www.cs.toronto.edu/~kriz/cifar.html
+TIMEOUT = 30  # seconds without a byte from the server
+CHUNK = 1 << 20  # bytes
+PIXELS = 3 * 32 * 32  # bytes of one image, stored channel by channel
+RECORD = 2 + PIXELS  # bytes of one binary record: coarse label, fine label, image
+PYTHON, BINARY = "cifar-100-python", "cifar-100-binary"
+FILES = {  # train, test and class names; where both layouts are present the first is read
+    PYTHON: ("train", "test", "meta"),
+    BINARY: ("train.bin", "test.bin", "fine_label_names.txt"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Hold the labelled images of one split.
+
+    Args:
+        images: Pixels, uint8 ``n c h w``.
+        labels: Position of each image's class in ``class_names``, int64 ``n``.
+        class_names: One name a class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, whether or not each has an image here."""
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the set with its tensors on ``device``."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def take_per_class(self, limit: int | None) -> ImageSet:
+        """Keep the first ``limit`` images of each class in stored order; None keeps all."""
+        if limit is None:
+            return self
+        if isinstance(limit, bool) or not isinstance(limit, int):
+            raise TypeError(f"`limit` must be an int or None; got {limit!r}.")
+        if limit < 1:
+            raise ValueError(f"`limit` must be an int ≥ 1 or None; got {limit}.")
+        of_class = [
+            (self.labels == label).nonzero()[:limit, 0] for label in range(self.num_classes)
+        ]
+        kept = torch.cat(of_class).sort().values
+        return replace(self, images=self.images[kept], labels=self.labels[kept])
+
+
+def load_cifar100(
+    data_dir: Path | None, *, cache_dir: Path | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Load the train and the test split; any data set in the same layout will do.
+
+    Archives are read in place, never extracted. Pickles are read without importing what they name.
+
+    Args:
+        data_dir: A folder that is or contains ``cifar-100-python`` or ``cifar-100-binary`` (or its
+            ``.tar.gz``), or the path of such an archive. None takes the archive from the cache and
+            downloads it once.
+        cache_dir: Folder of the downloaded archive; None is ``$XDG_CACHE_HOME/graph-kd``,
+            or ``~/.cache/graph-kd``.
+
+    Raises:
+        FileNotFoundError: Where a path is missing.
+        ValueError: Where a file does not hold what its layout promises.
+        RuntimeError: Where the download fails; nothing of it is kept.
+    """
+    path, layout = _locate(_cached_archive(cache_dir) if data_dir is None else data_dir)
+    read = _read_archive if path.is_file() else _read_folder
+    train, test, names = read(path, layout)
+    if layout == PYTHON:
+        class_names = _class_names(names, _unpickle(names, ("fine_label_names",))[0])
+        return _python_split(train, class_names), _python_split(test, class_names)
+    class_names = _class_names(names, names.content.strip().splitlines())
+    return _binary_split(train, class_names), _binary_split(test, class_names)
+
+
+def _malformed(source: str | Path, rule: str, got: object, fix: str = "") -> ValueError:
+    return ValueError(f"`{source}` must {rule}; got {got}.{fix and ' '}{fix}")
+
+
+def _cached_archive(cache_dir: Path | None) -> Path:
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graph-kd"
+    archive = cache_dir / f"{PYTHON}.tar.gz"
+    if not archive.exists():
+        _download(archive)
+    elif (got := _md5(archive)) != MD5:
+        fix = "Delete it to download it again, or pass other data with `--data-dir`."
+        raise _malformed(archive, f"have MD5 {MD5}", got, fix)
+    return archive
+
+
+def _download(archive: Path) -> None:
+    temporary = None
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            urlopen(URL, timeout=TIMEOUT) as response,
+            tempfile.NamedTemporaryFile(dir=archive.parent, suffix=".part", delete=False) as file,
+        ):
+            temporary = Path(file.name)
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=archive.name) as bar:
+                while chunk := response.read(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if (got := _md5(temporary)) != MD5:
+            raise _malformed("download", f"have MD5 {MD5}", got)
+        temporary.replace(archive)
+    except (OSError, HTTPException, ValueError) as error:
+        raise RuntimeError(
+            f"CIFAR-100 could not be downloaded from {URL} to {archive} "
+            f"({type(error).__name__}: {error}). Get {archive.name} from any mirror and pass its "
+            f"path with `--data-dir`."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _locate(path: Path) -> tuple[Path, str]:
+    """Return the folder or archive to read and the name of its layout."""
+    if not path.exists():
+        raise FileNotFoundError(f"`data_dir` must exist; got {path}.")
+    for layout, files in FILES.items():
+        if path.is_file() and path.name.startswith(layout):
+            return path, layout
+        if (path / layout).is_dir():
+            return path / layout, layout
+        if path.absolute().name == layout or all((path / name).is_file() for name in files):
+            return path, layout
+        if (archive := path / f"{layout}.tar.gz").is_file():
+            return archive, layout
+    choices = " or ".join(f"{layout}[.tar.gz]" for layout in FILES)
+    raise FileNotFoundError(f"`data_dir` must be or contain {choices}; got {path}.")
+
+
+class _File(NamedTuple):
+    source: str  # what an error calls it
+    content: bytes
+
+
+def _read_folder(folder: Path, layout: str) -> list[_File]:
+    for path in (paths := [folder / name for name in FILES[layout]]):
+        if not path.is_file():
+            raise FileNotFoundError(f"`{path}` must be a file of the {layout} layout; got none.")
+    return [_File(str(path), path.read_bytes()) for path in paths]
+
+
+def _read_archive(archive: Path, layout: str) -> list[_File]:
+    wanted = [f"{layout}/{name}" for name in FILES[layout]]
+    found: dict[str, _File] = {}
+    try:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                name = str(PurePosixPath(member.name))
+                if name not in wanted:
+                    continue
+                if not member.isreg() or (content := tar.extractfile(member)) is None:
+                    raise _malformed(f"{archive}:{name}", "be a regular file", "a link or folder")
+                found[name] = _File(f"{archive}:{name}", content.read())
+            while stream.read(CHUNK):  # gzip compares its checksum at the end of the stream only
+                pass
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise _malformed(archive, "be a whole .tar.gz", got, "Get it again.") from error
+    if missing := [name for name in wanted if name not in found]:
+        raise _malformed(archive, f"contain {', '.join(wanted)}", f"no {', '.join(missing)}")
+    return [found[name] for name in wanted]
+
+
+class _PickledDtype:
+    """Keep the type code of a pickled dtype; the rest of its state is nothing to single bytes."""
+
+    def __init__(self, code: bytes | str, *_: object) -> None:
+        self.code = code.decode() if isinstance(code, bytes) else code
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _PickledArray:
+    """Keep what a pickle says of an array, so that NumPy never acts on unchecked input."""
+
+    def __init__(self, *_: object) -> None:
+        self.__setstate__((1, (), None, False, b""))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, dtype, self.fortran, raw = state
+        self.code = getattr(dtype, "code", None)
+        self.raw = raw if isinstance(raw, bytes | bytearray) else b""  # a list if it holds objects
+
+    def __repr__(self) -> str:
+        return f"dtype {self.code}, shape {self.shape}, {len(self.raw)} bytes"
+
+
+def _array_from_buffer(raw: object, dtype: object, shape: object, order: object) -> _PickledArray:
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolve the few names that a CIFAR pickle needs, to stand-ins, and refuse all others."""
+
+    known: ClassVar[dict[tuple[str, str], Any]] = {
+        ("_codecs", "encode"): str.encode,  # how Python 3 writes bytes in protocol 2
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy.core.numeric", "_frombuffer"): _array_from_buffer,  # protocol 5
+        ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"{module}.{name}, which no CIFAR pickle needs")
+        return self.known[module, name]
+
+
+def _unpickle(file: _File, keys: tuple[str, ...]) -> list[Any]:
+    try:
+        stored = _Unpickler(io.BytesIO(file.content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        got = f"{type(error).__name__}: {error}"
+        raise _malformed(file.source, "be a whole CIFAR pickle", got) from error
+    if not isinstance(stored, dict):
+        raise _malformed(file.source, "hold a dict", type(stored).__name__)
+    # Python 2 wrote the keys as bytes, Python 3 writes them as str.
+    named = {key.decode("latin1") if isinstance(key, bytes) else key: stored[key] for key in stored}
+    if any(key not in named for key in keys):
+        raise _malformed(file.source, f"have the keys {', '.join(keys)}", list(named))
+    return [named[key] for key in keys]
+
+
+def _class_names(file: _File, stored: Iterable[Any]) -> tuple[str, ...]:
+    try:
+        names = tuple(name if isinstance(name, str) else bytes.decode(name) for name in stored)
+    except (TypeError, UnicodeDecodeError) as error:
+        raise _malformed(file.source, "list the class names as text", error) from error
+    if not names:
+        raise _malformed(file.source, "name at least one class", "none")
+    return names
+
+
+def _python_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
+    data, labels = _unpickle(file, ("data", "fine_labels"))
+    if not isinstance(data, _PickledArray):
+        raise _malformed(file.source, "hold `data` as an array", type(data).__name__)
+    count = len(data.raw) // PIXELS
+    if data.code != "u1" or not count or data.shape != (count, PIXELS) or len(data.raw) % PIXELS:
+        raise _malformed(file.source, f"hold `data` of dtype u1 and shape (n ≥ 1, {PIXELS})", data)
+    stored = "(c h w n)" if data.fortran else "(n c h w)"
+    pixels = torch.frombuffer(bytearray(data.raw), dtype=torch.uint8)
+    images = rearrange(pixels, f"{stored} -> n c h w", n=count, c=3, h=32)
+    return _image_set(file, images, labels, class_names)
+
+
+def _binary_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
+    size = len(file.content)
+    if not size or size % RECORD:
+        rule = f"hold one or more records of {RECORD} bytes"
+        raise _malformed(file.source, rule, f"{size} bytes", "Get it again.")
+    stored = torch.frombuffer(bytearray(file.content), dtype=torch.uint8)
+    records = rearrange(stored, "(n r) -> n r", r=RECORD)
+    images = rearrange(records[:, 2:], "n (c h w) -> n c h w", c=3, h=32)
+    return _image_set(file, images, records[:, 1].tolist(), class_names)
+
+
+def _image_set(file: _File, images: Tensor, labels: object, names: tuple[str, ...]) -> ImageSet:
+    if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+        raise _malformed(file.source, "hold `fine_labels` as a list of int", type(labels).__name__)
+    if len(labels) != len(images):
+        raise _malformed(file.source, f"label each of its {len(images)} images", len(labels))
+    if outside := sorted({label for label in labels if not 0 <= label < len(names)}):
+        rule = f"have labels from 0 to {len(names) - 1}, the last of the named classes"
+        raise _malformed(file.source, rule, outside)
+    return ImageSet(images.contiguous(), torch.tensor(labels), names)

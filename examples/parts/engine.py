@@ -1,0 +1,136 @@
+"""One epoch loop for every phase: batches in, a step of one's own, accuracy out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from parts.augment import Normalize, batches, random_crop_flip
+from parts.data import ImageSet
+from parts.records import Record
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
+
+__all__ = ["Engine", "accuracy", "nesterov", "step_decay"]
+
+
+def nesterov(params: list[nn.Parameter], learning_rate: float, weight_decay: float = 5e-4) -> SGD:
+    """Return the authors' optimizer: SGD with Nesterov momentum 0.9."""
+    return SGD(params, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
+
+def step_decay(optimizer: Optimizer, epochs: int) -> LRScheduler:
+    """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs."""
+    return MultiStepLR(optimizer, sorted({round(epochs * part) for part in (0.3, 0.6, 0.8)}))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Run epochs over a training set and measure on a test set.
+
+    Args:
+        train_set: Images to train on, on the device.
+        test_set: Images to measure on, on the device.
+        batch_size: Images a step.
+        seed: Of the order of images and of the augmentation; the same for every phase, so that
+            two students see the same batches.
+        amp: Type that the models' forward passes run in; None is float32 throughout.
+        record: Where epochs are written.
+    """
+
+    train_set: ImageSet
+    test_set: ImageSet
+    batch_size: int
+    seed: int
+    amp: torch.dtype | None
+    record: Record
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.train_set.images.device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return a loss scaler; it does nothing but in float16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+
+    def run(
+        self,
+        phase: str,
+        epochs: int,
+        step: Callable[[Tensor, Tensor], Tensor],
+        *,
+        model: nn.Module | None = None,
+        scheduler: LRScheduler | None = None,
+        before_epoch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Call ``step(images, labels)``, which returns the loss to show, for every batch.
+
+        With a ``model`` its test accuracy is measured after every epoch, and the last one is the
+        phase's result.
+        """
+        normalize = Normalize(self.train_set)
+        generator = torch.Generator().manual_seed(self.seed)
+        steps, seconds = len(self.train_set.images) // self.batch_size, 0.0
+        best = None
+        with tqdm(total=epochs * steps, desc=phase, unit="step", dynamic_ncols=True) as bar:
+            for epoch in range(epochs):
+                if before_epoch is not None:
+                    before_epoch(epoch)
+                if model is not None:
+                    model.train()
+                started, losses = time.perf_counter(), []
+                for images, labels in batches(self.train_set, self.batch_size, generator):
+                    loss = step(normalize(random_crop_flip(images, generator)), labels)
+                    losses.append(loss.detach())
+                    bar.update()
+                mean_loss = torch.stack(losses).mean().item()  # waits for the device
+                if not math.isfinite(mean_loss):
+                    raise RuntimeError(
+                        f"The loss of phase {phase!r} must stay finite; it was {mean_loss} in "
+                        f"epoch {epoch + 1}. Lower the learning rate."
+                    )
+                seconds += time.perf_counter() - started
+                values: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 5)}
+                if scheduler is not None:
+                    values["learning_rate"] = round(float(scheduler.get_last_lr()[0]), 8)
+                    scheduler.step()
+                if model is not None:
+                    values["test_accuracy"] = self.test(model)
+                    best = max(best or 0.0, values["test_accuracy"])
+                values["seconds"] = round(time.perf_counter() - started, 2)
+                self.record.epoch(phase, values)
+                bar.set_postfix({k: v for k, v in values.items() if k not in ("epoch", "seconds")})
+        summary: dict[str, float | None] = {}
+        if epochs:
+            summary["seconds_per_step"] = round(seconds / (epochs * steps), 5)
+        if model is not None and epochs:
+            summary |= {"last_accuracy": values["test_accuracy"], "best_accuracy": best}
+        self.record.phase(phase, **summary)
+
+    def test(self, model: nn.Module) -> float:
+        """Return the accuracy on the test set, per cent."""
+        with self.autocast():
+            return accuracy(model, self.test_set, Normalize(self.train_set))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, image_set: ImageSet, normalize: Normalize) -> float:
+    """Return the top-1 accuracy in evaluation mode, per cent; the mode is put back."""
+    training = model.training
+    model.eval()
+    right = sum(
+        (model(normalize(images)).argmax(dim=1) == labels).sum()
+        for images, labels in batches(image_set, 512)
+    )
+    model.train(training)
+    return round(100 * float(right) / len(image_set.labels), 2)

@@ -1,0 +1,92 @@
+"""Files that are whole or not there at all: JSON records and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+from zipfile import BadZipFile
+
+import torch
+from torch import nn
+
+__all__ = ["load_model", "save_model", "write_atomically", "write_json"]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path`` and put it in place when it is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    Path(file.name).replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain types as JSON, whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Write weights, buffers and ``about`` (plain types) so that ``weights_only`` loads them."""
+    content = {"about": about, "model": model.state_dict()}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str) -> None:
+    """Fill ``model`` from a checkpoint of `save_model`; ``model`` is untouched if it does not fit.
+
+    Args:
+        path: The file.
+        model: The model to fill.
+        about: What the checkpoint has to say of itself: the model it was made for.
+        name: What the user calls the path, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or one of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"`{name}` must be a checkpoint file; there is none at {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved_about, state = content["about"], content["model"]
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ValueError,
+        BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"`{name}` must be a whole checkpoint made by these examples; {path} is not "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})."
+        ) from error
+    if saved_about != about:
+        raise ValueError(f"`{name}` must hold {about}; {path} holds {saved_about}.")
+    own = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    found = {key: tensor.shape for key, tensor in state.items()}
+    if own != found:
+        key = next(k for k in [*own, *found] if own.get(k) != found.get(k))
+        raise ValueError(
+            f"`{name}` must hold the model's tensors; {key!r} should be "
+            f"{_shape(own.get(key))}, {path} has {_shape(found.get(key))}."
+        )
+    model.load_state_dict(state)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))

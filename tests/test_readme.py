@@ -1,0 +1,103 @@
+"""Every block of the README is run, and what its prose points at exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cifar_files import binary_files, write_folder
+from readme import README, blocks, setup_commands
+from torch import nn
+
+ROOT = README.parent
+MINIATURE = (
+    "--width 0.05 --epochs 1 --estimator-epochs 1 --batch-size 4 --limit-per-class 2 --device cpu"
+)
+
+
+def of(language):
+    return [block.text for block in blocks() if block.language == language]
+
+
+def test_every_block_is_of_a_kind_that_is_run_here():
+    assert {block.language for block in blocks()} == {"bash", "diff", "python", "bibtex"}
+
+
+@pytest.mark.parametrize("code", of("python"))
+def test_python_block_runs(code):
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    for name, value in list(names.items()):
+        if name.startswith("test_"):
+            value()
+
+
+def small_network(depth):
+    stages = OrderedDict()
+    for n, (incoming, channels) in enumerate(((3, 16), (16, 32), (32, 64)), start=1):
+        convs = [nn.Conv2d(incoming, channels, 3, stride=2, padding=1)]
+        convs += [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth)]
+        stages[f"stage{n}"] = nn.Sequential(*convs, nn.ReLU())
+    stages["head"] = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(stages)
+
+
+@pytest.mark.parametrize("signs", [" -", " +"], ids=["before", "after"])
+def test_diff_is_a_loop_that_runs_before_and_after(signs):
+    (diff,) = of("diff")
+    code = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in signs or not line)
+    torch.manual_seed(0)
+    student, teacher = small_network(0), small_network(1)
+    loader = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(2)]
+    before = [p.detach().clone() for p in student.parameters()]
+    names = {"torch": torch, "F": F, "student": student, "teacher": teacher, "loader": loader}
+    exec(compile(code, str(README), "exec"), names)
+    assert ("transfer" in names) == (signs == " +")
+    changed = [not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
+    write_folder(tmp_path / "data", binary_files())
+    commands = [line for text in of("bash") for line in text.splitlines() if "examples/" in line]
+    cifar = [c for c in commands if c.startswith("python examples/cifar100")]
+    assert cifar
+    for n, command in enumerate(cifar):
+        words = [*shlex.split(command)[1:], *MINIATURE.split()]
+        words += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / f"run{n}")]
+        subprocess.run([sys.executable, "-W", "error", *words], cwd=ROOT, check=True)
+        assert (tmp_path / f"run{n}" / "record.json").exists()
+
+
+def test_two_commands_do_the_set_up():
+    extras = [re.search(r'"\.\[(\w+)\]"', command).group(1) for command in setup_commands()]
+    assert extras == ["examples", "dev"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"\n{extra} = [" in project for extra in extras)
+
+
+def test_continuous_integration_runs_the_commands_of_the_readme():
+    assert "tests/readme.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "tests/golden/README.md"])
+def test_paths_named_in_a_page_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links += re.findall(r'src="([^"]+)"', text)
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    named = re.findall(r"`((?:examples|tests|src)/[\w./-]*)`", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_changelog_names_the_version():
+    import graph_kd
+
+    assert f"## [{graph_kd.__version__}]" in Path(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
