@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import os
-import pickle
 import tarfile
 import tempfile
 import zlib
@@ -17,11 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import torch
 from einops import rearrange
+from parts.cifar_pickle import CifarUnpickler, PickledArray
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
@@ -206,58 +206,9 @@ def _read_archive(archive: Path, layout: str) -> list[_File]:
     return [found[name] for name in wanted]
 
 
-class _PickledDtype:
-    """Keep the type code of a pickled dtype; the rest of its state is nothing to single bytes."""
-
-    def __init__(self, code: bytes | str, *_: object) -> None:
-        self.code = code.decode() if isinstance(code, bytes) else code
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class _PickledArray:
-    """Keep what a pickle says of an array, so that NumPy never acts on unchecked input."""
-
-    def __init__(self, *_: object) -> None:
-        self.__setstate__((1, (), None, False, b""))
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, dtype, self.fortran, raw = state
-        self.code = getattr(dtype, "code", None)
-        self.raw = raw if isinstance(raw, bytes | bytearray) else b""  # a list if it holds objects
-
-    def __repr__(self) -> str:
-        return f"dtype {self.code}, shape {self.shape}, {len(self.raw)} bytes"
-
-
-def _array_from_buffer(raw: object, dtype: object, shape: object, order: object) -> _PickledArray:
-    array = _PickledArray()
-    array.__setstate__((1, shape, dtype, order == "F", raw))
-    return array
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolve the few names that a CIFAR pickle needs, to stand-ins, and refuse all others."""
-
-    known: ClassVar[dict[tuple[str, str], Any]] = {
-        ("_codecs", "encode"): str.encode,  # how Python 3 writes bytes in protocol 2
-        ("numpy", "ndarray"): _PickledArray,
-        ("numpy", "dtype"): _PickledDtype,
-        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy.core.numeric", "_frombuffer"): _array_from_buffer,  # protocol 5
-        ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"{module}.{name}, which no CIFAR pickle needs")
-        return self.known[module, name]
-
-
 def _unpickle(file: _File, keys: tuple[str, ...]) -> list[Any]:
     try:
-        stored = _Unpickler(io.BytesIO(file.content), encoding="bytes").load()
+        stored = CifarUnpickler(io.BytesIO(file.content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         got = f"{type(error).__name__}: {error}"
         raise _malformed(file.source, "be a whole CIFAR pickle", got) from error
@@ -282,7 +233,7 @@ def _class_names(file: _File, stored: Iterable[Any]) -> tuple[str, ...]:
 
 def _python_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
     data, labels = _unpickle(file, ("data", "fine_labels"))
-    if not isinstance(data, _PickledArray):
+    if not isinstance(data, PickledArray):
         raise _malformed(file.source, "hold `data` as an array", type(data).__name__)
     count = len(data.raw) // PIXELS
     if data.code != "u1" or not count or data.shape != (count, PIXELS) or len(data.raw) % PIXELS:
