@@ -578,8 +578,8 @@ def test_training_batches_are_full_and_hold_each_image_at_most_once(n, batch_siz
     seen = torch.cat([labels for _, labels in drawn]).tolist()
     assert len(set(seen)) == len(seen)
     assert set(seen) <= set(range(n))
-    for images, labels in drawn:
-        assert torch.equal(rearrange(images, "b 1 1 1 -> b").long(), labels)
+    for images, of_images in drawn:
+        assert torch.equal(rearrange(images, "b 1 1 1 -> b").long(), of_images)
 
 
 def test_each_training_epoch_has_its_own_order_and_the_seed_decides_them_all():
