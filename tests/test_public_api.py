@@ -13,11 +13,12 @@ import graph_kd
 SOURCE = Path(graph_kd.__file__).parent
 ALLOWED = {
     "_checks": set(),
+    "_distributed": set(),
     "_svd": {"_checks"},
     "_estimator": {"_checks"},
-    "_grad_clip": {"_checks"},
+    "_grad_clip": {"_checks", "_distributed"},
     "_hooks": {"_checks"},
-    "_transfer": {"_checks", "_svd", "_estimator"},
+    "_transfer": {"_checks", "_distributed", "_svd", "_estimator"},
     "testing": {"_hooks", "_svd"},
 }
 

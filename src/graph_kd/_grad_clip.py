@@ -7,23 +7,27 @@ shell around any optimizer that applies it. Norms are Euclidean.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from einops import pack, unpack
 from torch import Tensor
 from torch.optim import Optimizer
 
 from graph_kd._checks import check_choice, check_positive
+from graph_kd._distributed import HoldsProcessGroup, average_over_processes
 
 __all__ = ["GatedGradClip"]
 
 Gate = Literal["norm", "sigmoid"] | Callable[[Tensor, Tensor], Tensor | float]
 Scope = Literal["parameter", "global"]
 
+SCALE_GROWTH_INTERVAL = 2000  # steps, as torch's GradScaler
+LEAST_SCALE = 2.0**-24  # the smallest number above zero in float16
 
-class GatedGradClip(Optimizer):
+
+class GatedGradClip(HoldsProcessGroup, Optimizer):
     """Wrap an optimizer so that the transfer gradient never drowns the task's.
 
     `backward` takes both losses and leaves the merged gradient in every ``p.grad``; everything
@@ -32,7 +36,8 @@ class GatedGradClip(Optimizer):
 
     One step:
 
-    1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
+    1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other; of
+       the transfer loss scaled down by a power of two, once it has overflowed (float16).
     2. Given a process group, both are averaged over it.
     3. They are added to what `backward` was given since the last `zero_grad`. What stands in
        ``p.grad`` and was not left there by this wrapper, untouched, counts as task gradient.
@@ -47,10 +52,15 @@ class GatedGradClip(Optimizer):
     transfer loss it can swamp the task (a small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite never reaches the parameters: that step uses the task's
-    alone, and `skipped` counts it. Under `GradScaler` both losses are scaled alike, which changes
-    neither gate; a callable sees the scaled norms. Two copies of the gradients are held from
-    `backward` to `zero_grad`. Step hooks registered for all optimizers at once
-    (`register_optimizer_step_pre_hook`) fire for the wrapper and for the wrapped optimizer.
+    alone, and `skipped` counts it. `GradScaler` does not see such a step, and the transfer gradient
+    is often many times the task's; so the scale of step 1 is halved then, and doubled again, up to
+    one, after 2000 good steps. It is a power of two, undone in the parameters' precision, and in
+    `state_dict` while it is not one. Under `GradScaler` both losses are scaled alike, which changes
+    neither gate; a callable sees the scaled norms.
+
+    Two copies of the gradients are held from `backward` to `zero_grad`. Step hooks registered for
+    all optimizers at once (`register_optimizer_step_pre_hook`) fire for the wrapper and for the
+    wrapped optimizer. Sparse gradients are refused.
 
     Args:
         optimizer: Any torch optimizer; its weight decay takes no part in the norms.
@@ -73,7 +83,8 @@ class GatedGradClip(Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is no torch optimizer, or a loss no tensor.
-        ValueError: an unknown gate or scope, or a loss that is no scalar or reaches no parameter.
+        ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
+            gives a sparse gradient, or a callable gate that returns no single number.
         RuntimeError: several processes are running and no process group was given.
 
     Example:
@@ -95,6 +106,8 @@ class GatedGradClip(Optimizer):
     _left: dict[Tensor, _Left]
     _factors: Tensor | None
     _skipping: bool
+    _scale: float
+    _steps_since_overflow: int
 
     def __init__(
         self,
@@ -119,6 +132,7 @@ class GatedGradClip(Optimizer):
                 "bound": check_positive("bound", bound),
                 "process_group": process_group,
                 "skipped": 0,
+                "_scale": 1.0,
             }
         )
 
@@ -132,7 +146,9 @@ class GatedGradClip(Optimizer):
         self._check_processes()
         params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
-        new_transfer = _gradients("transfer_loss", transfer_loss, params, retain_graph=False)
+        new_transfer = _gradients(
+            "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
+        )
         if self.process_group is not None:
             new_task = average_over_processes(new_task, params, self.process_group)
             new_transfer = average_over_processes(new_transfer, params, self.process_group)
@@ -145,6 +161,7 @@ class GatedGradClip(Optimizer):
         continues = any(old is not None for _, old in earlier)
         self.skipped += not (merged.finite or (continues and self._skipping))
         self._skipping = not merged.finite
+        self._adapt_scale()
         self._factors = merged.factors
         self._left = {}
         for p, gradient, *sums in zip(params, merged.gradients, task, transfer, strict=True):
@@ -172,10 +189,15 @@ class GatedGradClip(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state_dict: either of the two loads it."""
+        """Return the wrapped optimizer's state_dict: either of the two loads it.
+
+        After an overflow in float16 it has one entry more, "transfer_scale"; see the class.
+        """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.optimizer.state_dict()
+        if self._scale != 1:
+            state_dict["transfer_scale"] = self._scale
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -183,10 +205,12 @@ class GatedGradClip(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this wrapper or of the wrapped optimizer."""
+        state_dict = state_dict.copy()  # hooks may write to it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.optimizer.load_state_dict(state_dict)
+        self._scale = state_dict.get("transfer_scale", 1.0)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -215,14 +239,15 @@ class GatedGradClip(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Like gradients, hooks and accumulated sums are not part of an optimizer's state.
-        names = ("optimizer", "gate", "scope", "bound", "process_group", "skipped")
-        return {name: getattr(self, name) for name in names}
+        names = ("optimizer", "gate", "scope", "bound", "skipped", "_scale")
+        return {name: getattr(self, name) for name in names} | {"process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._left = {}
         self._factors = None
         self._skipping = False
+        self._steps_since_overflow = 0
         # torch's unpickling path sets up hooks and nothing else, while its constructor would make
         # param groups of this wrapper's own.
         super().__setstate__({})
@@ -233,6 +258,17 @@ class GatedGradClip(Optimizer):
         if left is None or param.grad is not left.merged or param.grad._version != left.version:
             return param.grad, None
         return left.task, left.transfer
+
+    def _adapt_scale(self) -> None:
+        """Halve the scale of the transfer loss after an overflow, double it after a long peace."""
+        if self._skipping:
+            self._scale = max(self._scale / 2, LEAST_SCALE)
+            self._steps_since_overflow = 0
+        elif self._scale < 1:
+            self._steps_since_overflow += 1
+            if self._steps_since_overflow == SCALE_GROWTH_INTERVAL:
+                self._scale *= 2
+                self._steps_since_overflow = 0
 
     def _check_processes(self) -> None:
         if self.process_group is None and dist.is_available() and dist.is_initialized():
@@ -280,6 +316,7 @@ def merge_gradients(
     transfer_norm = gradient_norms([transfer[n] for n in reached])
     # Scope "global" means all of the task gradient, not only where the transfer loss reaches.
     task_norm = gradient_norms(task if scope == "global" else [task[n] for n in reached])
+    task_norm = task_norm.to(transfer_norm)
     if scope == "global":
         transfer_norm = torch.linalg.vector_norm(transfer_norm, keepdim=True)
         task_norm = torch.linalg.vector_norm(task_norm, keepdim=True)
@@ -301,7 +338,7 @@ def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) 
         # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
         # place by those who clip or unscale it.
         return None if task is None else task.clone()
-    gated = transfer * factor.to(transfer)
+    gated = (transfer.to(factor.dtype) * factor.to(transfer.device)).to(transfer.dtype)
     return gated if task is None else task + gated
 
 
@@ -313,57 +350,65 @@ def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound:
     if gate == "sigmoid":
         # A transfer gradient of zero may have any factor; 0 / 0 must not make it NaN.
         return torch.sigmoid((task_norm / transfer_norm).nan_to_num(1.0).clamp_min(1.0))
-    factors = [gate(t, d) for t, d in zip(task_norm, transfer_norm, strict=True)]
-    return torch.stack([torch.as_tensor(factor).to(task_norm) for factor in factors])
+    factors = [
+        torch.as_tensor(gate(t, d)).to(task_norm)
+        for t, d in zip(task_norm, transfer_norm, strict=True)
+    ]
+    for factor in factors:
+        if factor.numel() != 1:
+            raise ValueError(
+                f"`gate` must return a single number; it returned shape {tuple(factor.shape)}."
+            )
+    return torch.cat([factor.reshape(1) for factor in factors])
 
 
 def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the Euclidean norm of each gradient, in float32 at least; zero for None."""
-    some = next(gradient for gradient in gradients if gradient is not None)
-    dtype = torch.promote_types(some.dtype, torch.float32)
+    """Return the Euclidean norm of each gradient, in float32 at least; zero for None.
+
+    They come on the device of the first gradient and in the highest precision of any.
+    """
+    given = [gradient for gradient in gradients if gradient is not None]
+    dtype = reduce(torch.promote_types, (g.dtype for g in given), torch.float32)
+    device = given[0].device if given else None
     norms = [
-        torch.zeros(()) if gradient is None else torch.linalg.vector_norm(gradient, dtype=dtype)
+        torch.zeros((), dtype=dtype, device=device)
+        if gradient is None
+        else torch.linalg.vector_norm(gradient, dtype=dtype).to(device)
         for gradient in gradients
     ]
-    return torch.stack([norm.to(some.device, dtype) for norm in norms])
-
-
-def average_over_processes(
-    gradients: Sequence[Tensor | None], params: Sequence[Tensor], group: dist.ProcessGroup
-) -> list[Tensor | None]:
-    """Average gradients over a process group; None only where no process has a gradient."""
-    reached = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
-    reached = reached.to(params[0].device)
-    dist.all_reduce(reached, group=group)
-    averaged: list[Tensor | None] = [None] * len(params)
-    places = [n for n, count in enumerate(reached.tolist()) if count]
-    for kind in {(params[n].dtype, params[n].device) for n in places}:
-        same = [n for n in places if (params[n].dtype, params[n].device) == kind]
-        dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
-        flat, shapes = pack(dense, "*")  # one message a kind
-        dist.all_reduce(flat, group=group)
-        for n, mean in zip(same, unpack(flat / group.size(), shapes, "*"), strict=True):
-            averaged[n] = mean
-    return averaged
+    return torch.stack(norms)
 
 
 def _gradients(
-    name: str, loss: Any, params: list[Tensor], *, retain_graph: bool
+    name: str, loss: Any, params: list[Tensor], *, retain_graph: bool, scale: float = 1.0
 ) -> list[Tensor | None]:
+    """Return the gradients of ``loss``, taken of scale · loss and divided by the scale."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(f"`{name}` must be a scalar; got shape {tuple(loss.shape)}.")
-    gradients: tuple[Tensor | None, ...] = ()
+    gradients: Sequence[Tensor | None] = ()
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        weight = torch.full_like(loss, scale)
+        gradients = torch.autograd.grad(
+            loss, params, weight, retain_graph=retain_graph, allow_unused=True
+        )
     if all(gradient is None for gradient in gradients):
         raise ValueError(
             f"`{name}` must depend on the optimizer's parameters; none of the {len(params)} gets a "
             "gradient. Is the student run, and are its features taken, without `no_grad` and "
             "`detach`?"
         )
-    return list(gradients)
+    for place, gradient in enumerate(gradients):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"`{name}` must give dense gradients; parameter {place} of shape "
+                f"{tuple(params[place].shape)} gets a sparse one. Build the embedding with "
+                "sparse=False."
+            )
+    if scale == 1:
+        return list(gradients)
+    return [None if gradient is None else gradient / scale for gradient in gradients]
 
 
 def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:

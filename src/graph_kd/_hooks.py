@@ -48,7 +48,7 @@ class FeatureHooks:
         self.layers = tuple(layers)
         if not self.layers:
             raise ValueError("`layers` must name at least one layer; got none.")
-        modules = dict(plain.named_modules())
+        modules = _named_modules(plain)
         for name in self.layers:
             if name not in modules:
                 raise ValueError(_unknown(name, list(modules)))
@@ -131,6 +131,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         return unwrap(model.module)
     compiled = getattr(model, "_orig_mod", None)
     return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return modules by every name they have, without the wrappers of compiled submodules."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(name.replace("._orig_mod", ""), module)
+    return modules
 
 
 def _unknown(name: Any, known: list[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from graph_kd._checks import check_choice, check_count, check_floating
+from graph_kd._distributed import HoldsProcessGroup, gather_rows
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._svd import align_singular_vectors, channel_count, to_rows, top_singular_vectors
 
@@ -25,7 +26,7 @@ __all__ = ["GraphTransferLoss"]
 Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
 
 
-class GraphTransferLoss(nn.Module):
+class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     """Make a student embed a batch as its teacher does: compare their graphs, pair by pair.
 
     Sensing points are layers at which teacher and student have the same number of channels, front
@@ -285,29 +286,3 @@ class GraphTransferLoss(nn.Module):
                     f"`.to({vector_dtype})`."
                 )
         return maps
-
-
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the rows of all processes of ``group``, in rank order; ``rows`` without a group.
-
-    Gradient: each process gets the sum over processes of the gradients of its own rows.
-    """
-    if group is None:
-        return rows
-    gathered: Tensor = _GatherRows.apply(rows, group)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return gathered
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(rows) for _ in range(group.size())]
-        dist.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use `grad`
-        dist.all_reduce(total, group=ctx.group)
-        return total.chunk(ctx.group.size())[ctx.group.rank()], None

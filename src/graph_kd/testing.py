@@ -51,9 +51,13 @@ def assert_feature_hooks(
             f"student_layers and teacher_layers must pair up; got {len(student_layers)} "
             f"({list(student_layers)}) and {len(teacher_layers)} ({list(teacher_layers)})."
         )
+    with _assertions(f"Student, layers {list(student_layers)}"):
+        unwrap(student)
+    with _assertions(f"Teacher, layers {list(teacher_layers)}"):
+        unwrap(teacher)
     with _undisturbed(student, sample), _undisturbed(teacher, sample):
-        student_features = _run("student", student, student_layers, sample)
-        teacher_features = _run("teacher", teacher, teacher_layers, sample)
+        student_features = _run("Student", student, student_layers, sample)
+        teacher_features = _run("Teacher", teacher, teacher_layers, sample)
         for point, (student_map, teacher_map) in enumerate(
             zip(student_features, teacher_features, strict=True)
         ):
@@ -65,12 +69,12 @@ def assert_feature_hooks(
                     f"{tuple(student_map.shape)}), teacher layer {teacher_layer!r} has {theirs} "
                     f"(shape {tuple(teacher_map.shape)}); a sensing point needs the same number."
                 )
-            if not _reaches(student_map, student):
+            if not _reaches(student_map, student, layer):
                 raise AssertionError(
                     f"Student layer {layer!r} carries no gradient to the student's parameters. "
                     "Look for `detach`, `no_grad` or frozen parameters in front of it."
                 )
-            if _reaches(student_map, teacher):
+            if _reaches(student_map, teacher, layer):
                 raise AssertionError(
                     f"Student layer {layer!r} carries gradient to the teacher's parameters: the "
                     "two models share them. Give the student parameters of its own."
@@ -80,30 +84,32 @@ def assert_feature_hooks(
 @contextmanager
 def _undisturbed(model: nn.Module, sample: Tensor) -> Iterator[None]:
     """Put buffers and random state back on leaving, when no gradient needs the buffers any more."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = [(module, dict(module._buffers)) for module in model.modules()]
+    content = [(b, b.clone()) for _, buffers in before for b in buffers.values() if b is not None]
     devices = [sample.device] if sample.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         try:
             yield
         finally:
+            for module, buffers in before:
+                module._buffers.update(buffers)
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
+                for buffer, saved in content:
+                    buffer.copy_(saved)
 
 
 def _run(role: str, model: nn.Module, layers: Sequence[str], sample: Tensor) -> list[Tensor]:
     """Return the model's features at ``layers``, checked one by one."""
-    try:
+    where = f"{role}, layers {list(layers)}"
+    with _assertions(where):
         attached = _hook_count(model)
         with FeatureHooks(model, layers) as hooks:
             model(sample)
             features = hooks.features
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise AssertionError(f"{role.capitalize()}, layers {list(layers)}: {error}") from error
     if _hook_count(model) != attached:
-        raise AssertionError(f"{role.capitalize()}, layers {list(layers)}: a hook stayed attached.")
+        raise AssertionError(f"{where}: a hook stayed attached.")
     for layer, feature in zip(layers, features, strict=True):
-        where = f"{role.capitalize()} layer {layer!r}"
+        where = f"{role} layer {layer!r}"
         if not isinstance(feature, Tensor) or not feature.is_floating_point():
             what = feature.dtype if isinstance(feature, Tensor) else type(feature).__name__
             raise AssertionError(f"{where} must give a floating-point tensor; it gave {what}.")
@@ -115,6 +121,15 @@ def _run(role: str, model: nn.Module, layers: Sequence[str], sample: Tensor) -> 
     return features
 
 
+@contextmanager
+def _assertions(where: str) -> Iterator[None]:
+    """Turn what a wrong model raises into an AssertionError that says where."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AssertionError(f"{where}: {error}") from error
+
+
 def _hook_count(model: nn.Module) -> int:
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks)
@@ -122,9 +137,10 @@ def _hook_count(model: nn.Module) -> int:
     )
 
 
-def _reaches(feature: Tensor, model: nn.Module) -> bool:
+def _reaches(feature: Tensor, model: nn.Module, layer: str) -> bool:
     params = [p for p in model.parameters() if p.requires_grad]
     if not feature.requires_grad or not params:
         return False
-    gradients = torch.autograd.grad(feature.sum(), params, retain_graph=True, allow_unused=True)
+    with _assertions(f"Student layer {layer!r}"):
+        gradients = torch.autograd.grad(feature.sum(), params, retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in gradients)

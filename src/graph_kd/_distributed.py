@@ -1,0 +1,78 @@
+"""What travels between processes: rows of singular vectors, and gradients.
+
+A process group belongs to the processes that made it: copies of an object keep it, pickles do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from einops import pack, unpack
+from torch import Tensor
+
+__all__ = ["HoldsProcessGroup", "average_over_processes", "gather_rows"]
+
+
+class HoldsProcessGroup:
+    """Leave ``process_group`` out of pickles, and hand it to copies as it is."""
+
+    process_group: dist.ProcessGroup | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        state = deepcopy(self.__getstate__(), memo) | {"process_group": self.process_group}
+        twin.__setstate__(state)  # type: ignore[attr-defined] # modules and optimizers have it
+        return twin
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows of all processes of ``group``, in rank order; ``rows`` without a group.
+
+    Gradient: each process gets the sum over processes of the gradients of its own rows.
+    """
+    if group is None:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows, group)  # type: ignore[no-untyped-call] # torch's own method has no types
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use `grad`
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def average_over_processes(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], group: dist.ProcessGroup
+) -> list[Tensor | None]:
+    """Average gradients over a process group; None only where no process has a gradient."""
+    reached = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
+    reached = reached.to(params[0].device)
+    dist.all_reduce(reached, group=group)
+    averaged: list[Tensor | None] = [None] * len(params)
+    places = [n for n, count in enumerate(reached.tolist()) if count]
+    for kind in {(params[n].dtype, params[n].device) for n in places}:
+        same = [n for n in places if (params[n].dtype, params[n].device) == kind]
+        dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
+        flat, shapes = pack(dense, "*")  # one message a kind
+        dist.all_reduce(flat, group=group)
+        for n, mean in zip(same, unpack(flat / group.size(), shapes, "*"), strict=True):
+            averaged[n] = mean
+    return averaged

@@ -1,0 +1,77 @@
+"""The quickstart runs in miniature, says what it measured, and refuses what it does not know."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import quickstart
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+NAMES = ["teacher", "alone", "soft logits", "MHGD"]
+MINIATURE = ["--seeds", "2", "--teacher-steps", "3", "--head-steps", "2", "--student-steps", "2"]
+MINIATURE += ["--split", "dev", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-W", "error", str(SCRIPT), *MINIATURE, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done, out, json.loads((out / "record.json").read_text())
+
+
+def test_table_shows_what_the_record_holds(miniature):
+    done, _, record = miniature
+    assert list(record["accuracies"]) == NAMES
+    for name, values in record["accuracies"].items():
+        assert len(values) == 2
+        assert all(0 <= value <= 100 for value in values)
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{name:12}")]
+        assert f"{sum(values) / 2:.1f} ± {abs(values[0] - values[1]) / 2**0.5:.1f}" in line
+
+
+def test_record_holds_settings_versions_and_seconds(miniature):
+    _, out, record = miniature
+    assert record["config"]["split"] == "dev"
+    assert record["config"]["student_steps"] == 2
+    assert record["config"]["out"] == str(out)
+    assert {"graph_kd", "torch", "numpy", "sklearn"} <= set(record["versions"])
+    assert record["seconds"] > 0
+
+
+def test_picture_is_a_png_and_the_bar_reaches_its_end(miniature):
+    done, out, _ = miniature
+    assert (out / "graphs.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "22/22" in done.stderr  # 2 seeds of 3 + 2 + 3 · 2 steps
+
+
+def test_same_seed_gives_the_same_accuracies(miniature, tmp_path):
+    _, _, record = miniature
+    threads = torch.get_num_threads()
+    try:
+        quickstart.main([*MINIATURE, "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    again = json.loads((tmp_path / "record.json").read_text())
+    assert again["accuracies"] == record["accuracies"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labelz", "5"], "unrecognized arguments: --labelz"),
+        (["--split", "train"], "`split` must be test or dev; got train"),
+        (["--seeds", "0"], "`seeds` must be > 0; got 0"),
+        (["--labels", "78"], "`labels` must be ≤ 77; got 78"),
+        (["--bound", "wide"], "--bound: invalid float value: 'wide'"),
+    ],
+)
+def test_wrong_flag_fails_clearly(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main([*flags, "--out", str(tmp_path / "none")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,432 @@
+"""FeatureHooks: what it collects, from which models, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from graph_kd import FeatureHooks
+from graph_kd._hooks import unwrap
+
+
+class Net(nn.Module):
+    """Stages whose names have dots, one layer that may be left out, one that may run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 5)
+        self.stages = nn.Sequential(
+            nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        )
+        self.spare = nn.Identity()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x, spare_uses=0):
+        x = self.stages(self.stem(x).tanh())
+        for _ in range(spare_uses):
+            x = self.spare(x)
+        return self.head(x)
+
+
+LAYERS = ["stem", "stages.0.1", "stages.1"]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def batch(seed=1):
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(net, x):
+    """Return the features at LAYERS without calling a module, which would run its hooks."""
+
+    def apply(linear, x):
+        return nn.functional.linear(x, linear.weight, linear.bias)
+
+    stem = apply(net.stem, x)
+    first = apply(net.stages[0][0], stem.tanh()).tanh()
+    return [stem, first, apply(net.stages[1][0], first).tanh()]
+
+
+def hook_count(net):
+    return sum(
+        len(hooks)
+        for module in net.modules()
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
+def assert_features(hooks, wanted):
+    for got, expected in zip(hooks.features, wanted, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+# What is collected.
+
+
+def test_features_are_the_outputs_of_the_named_layers(net):
+    hooks = FeatureHooks(net, LAYERS)
+    output = net(batch())
+    assert_features(hooks, by_hand(net, batch()))
+    torch.testing.assert_close(output, net.head(hooks.features[-1]))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 1, 2]])
+def test_features_come_in_the_order_of_the_names_not_of_execution(net, order):
+    hooks = FeatureHooks(net, [LAYERS[n] for n in order])
+    net(batch())
+    features = by_hand(net, batch())
+    assert_features(hooks, [features[n] for n in order])
+
+
+def test_features_are_the_very_tensors_and_carry_gradient(net):
+    seen = []
+    net.stem.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    hooks = FeatureHooks(net, ["stem"])
+    output = net(batch())
+    assert hooks.features[0] is seen[0]
+    (at_feature,) = torch.autograd.grad(output.sum(), hooks.features, retain_graph=True)
+    assert at_feature.abs().sum() > 0
+    hooks.features[0].sum().backward()
+    assert net.stem.weight.grad is not None
+
+
+def test_a_second_forward_replaces_the_first(net):
+    hooks = FeatureHooks(net, LAYERS)
+    net(batch(1))
+    first = hooks.features
+    net(batch(2))
+    assert_features(hooks, by_hand(net, batch(2)))
+    assert all(a is not b for a, b in zip(first, hooks.features, strict=True))
+    torch.testing.assert_close(first[0], by_hand(net, batch(1))[0])  # a list of one's own
+
+
+def test_reading_twice_gives_the_same_features(net):
+    hooks = FeatureHooks(net, LAYERS)
+    net(batch())
+    assert all(a is b for a, b in zip(hooks.features, hooks.features, strict=True))
+
+
+def test_iterates_over_the_features_and_has_their_count(net):
+    hooks = FeatureHooks(net, LAYERS)
+    assert len(hooks) == 3
+    net(batch())
+    assert all(a is b for a, b in zip(hooks, hooks.features, strict=True))
+    stem, _, last = hooks
+    assert stem is hooks.features[0]
+    assert last is hooks.features[2]
+
+
+def test_layers_may_be_any_sequence_and_are_shown(net):
+    hooks = FeatureHooks(net, iter(LAYERS))
+    assert hooks.layers == tuple(LAYERS)
+    assert repr(hooks) == f"FeatureHooks(layers={LAYERS})"
+
+
+def test_two_sets_of_hooks_do_not_meddle_with_each_other(net):
+    one, other = FeatureHooks(net, ["stem"]), FeatureHooks(net, ["stem", "head"])
+    net(batch())
+    assert one.features[0] is other.features[0]
+    one.remove()
+    net(batch(2))
+    torch.testing.assert_close(other.features[0], by_hand(net, batch(2))[0])
+    torch.testing.assert_close(one.features[0], by_hand(net, batch(1))[0])
+
+
+def test_the_model_itself_has_the_empty_name(net):
+    hooks = FeatureHooks(net, ["stem", ""])
+    output = net(batch())
+    assert hooks.features[1] is output
+
+
+def test_outputs_that_are_no_tensors_are_kept_as_they_are():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, {"twice": 2 * x}
+
+    net = nn.Sequential(Pair())
+    hooks = FeatureHooks(net, ["0"])
+    output = net(batch())
+    assert hooks.features[0] is output
+
+
+def test_a_module_of_two_names_answers_to_both(net):
+    net.alias = net.stages[1]
+    with FeatureHooks(net, ["stages.1", "alias"]) as hooks:
+        net(batch())
+        first, second = hooks.features
+    assert first is second
+
+
+def test_names_inside_a_compiled_submodule_are_those_of_the_plain_one(net):
+    x = batch()
+    wanted = by_hand(net, x)
+    net.stages = torch.compile(net.stages, backend="eager")
+    with FeatureHooks(net, LAYERS) as hooks:
+        net(x)
+        assert_features(hooks, wanted)
+
+
+def test_hooks_do_not_change_the_output(net):
+    wanted = net(batch())
+    with FeatureHooks(net, LAYERS):
+        assert torch.equal(net(batch()), wanted)
+
+
+# Leaving.
+
+
+def test_remove_leaves_no_hooks_and_the_features_readable(net):
+    hooks = FeatureHooks(net, LAYERS)
+    assert hook_count(net) == 4
+    net(batch(1))
+    hooks.remove()
+    hooks.remove()
+    assert hook_count(net) == 0
+    net(batch(2))
+    assert_features(hooks, by_hand(net, batch(1)))
+
+
+def test_with_leaves_no_hooks(net):
+    with FeatureHooks(net, LAYERS) as hooks:
+        assert isinstance(hooks, FeatureHooks)
+        net(batch())
+    assert hook_count(net) == 0
+    assert_features(hooks, by_hand(net, batch()))
+
+
+def test_with_leaves_no_hooks_when_the_body_fails(net):
+    with pytest.raises(RuntimeError, match="shapes cannot"), FeatureHooks(net, LAYERS):
+        net(torch.randn(3, 5))
+    assert hook_count(net) == 0
+
+
+def test_hooks_of_others_stay(net):
+    net.stem.register_forward_hook(lambda *_: None)
+    net.register_forward_pre_hook(lambda *_: None)
+    FeatureHooks(net, LAYERS).remove()
+    assert hook_count(net) == 2
+
+
+@pytest.mark.parametrize("layers", [[], ["stem", "nowhere"], ["stem", "stem"]])
+def test_a_refusal_leaves_no_hooks(net, layers):
+    with pytest.raises(ValueError, match="`layers` must"):
+        FeatureHooks(net, layers)
+    assert hook_count(net) == 0
+
+
+# Layers that did not run, or ran twice.
+
+
+def test_reading_before_any_forward_names_the_first_layer(net):
+    hooks = FeatureHooks(net, LAYERS)
+    with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run in the last forward pass"):
+        _ = hooks.features
+    with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run"):
+        list(hooks)
+
+
+def test_a_layer_that_did_not_run_is_named(net):
+    hooks = FeatureHooks(net, ["stem", "spare", "head"])
+    net(batch(), spare_uses=1)
+    assert len(hooks.features) == 3
+    net(batch())
+    with pytest.raises(RuntimeError, match=r"Layer 'spare' did not run in the last forward pass"):
+        _ = hooks.features
+    net(batch(), spare_uses=1)
+    assert len(hooks.features) == 3
+
+
+@pytest.mark.parametrize("uses", [2, 3])
+def test_a_layer_that_ran_more_than_once_is_named(net, uses):
+    hooks = FeatureHooks(net, ["stem", "spare"])
+    net(batch(), spare_uses=uses)
+    with pytest.raises(RuntimeError, match=rf"Layer 'spare' ran {uses} times.*must run once"):
+        _ = hooks.features
+    net(batch(), spare_uses=1)
+    assert len(hooks.features) == 2
+
+
+def test_calling_a_part_besides_the_model_counts_as_running_twice(net):
+    hooks = FeatureHooks(net, ["stem"])
+    net(batch())
+    net.stem(batch())
+    with pytest.raises(RuntimeError, match=r"Layer 'stem' ran 2 times.*call the model itself"):
+        _ = hooks.features
+
+
+def test_a_forward_that_fails_leaves_nothing_of_the_one_before(net):
+    hooks = FeatureHooks(net, LAYERS)
+    net(batch())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        net(torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run"):
+        _ = hooks.features
+
+
+# Names and models that are refused.
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("stages.1.2", "stages.1"), ("stage.0", "stages.0"), ("Stem", "stem"), ("heads", "head")],
+)
+def test_an_unknown_name_offers_the_nearest(net, name, nearest):
+    with pytest.raises(
+        ValueError, match=rf"it has no '{name}'\. The nearest names are .*'{nearest}'"
+    ):
+        FeatureHooks(net, ["stem", name])
+
+
+def test_at_most_three_names_are_offered(net):
+    with pytest.raises(ValueError, match=r"nearest names are ('[^']*'(, )?){3}\.$"):
+        FeatureHooks(net, ["stages.0.0.0"])
+
+
+@pytest.mark.parametrize("name", ["qqqqqq", 3])
+def test_a_name_like_no_other_points_to_named_modules(net, name):
+    with pytest.raises(ValueError, match=rf"it has no {name!r}\. See `model\.named_modules\(\)`"):
+        FeatureHooks(net, [name])
+
+
+def test_refuses_no_layers(net):
+    with pytest.raises(ValueError, match=r"`layers` must name at least one layer; got none"):
+        FeatureHooks(net, [])
+
+
+def test_refuses_a_single_string(net):
+    with pytest.raises(TypeError, match=r"`layers` must be a list of module names; .*'stem'"):
+        FeatureHooks(net, "stem")
+
+
+def test_refuses_a_name_given_twice(net):
+    with pytest.raises(ValueError, match=r"`layers` must name each layer once; got 'head' twice"):
+        FeatureHooks(net, ["stem", "head", "head"])
+
+
+@pytest.mark.parametrize("thing", [None, "stem", Net, torch.ones(2), lambda x: x])
+def test_refuses_what_is_no_module(thing):
+    with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module; got \w+\."):
+        FeatureHooks(thing, ["stem"])
+
+
+def test_refuses_data_parallel_and_says_why(net):
+    reason = r"must not be a DataParallel: its replicas .* Use DistributedDataParallel, or .*module"
+    with pytest.raises(TypeError, match=reason):
+        FeatureHooks(DataParallel(net), ["stem"])
+    with pytest.raises(TypeError, match=reason):
+        FeatureHooks(torch.compile(DataParallel(net), backend="eager"), ["stem"])
+
+
+# Wrapped models.
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel_is_seen_through(net):
+    plain = copy.deepcopy(net)
+    model = DistributedDataParallel(net)
+    assert unwrap(model) is net
+    with FeatureHooks(model, LAYERS) as hooks:
+        for seed in (1, 2):
+            output = model(batch(seed))
+            assert_features(hooks, by_hand(plain, batch(seed)))
+            loss = output.square().sum() + sum(f.sum() for f in hooks.features)
+            net.zero_grad()
+            loss.backward()
+            wanted = plain(batch(seed)).square().sum()
+            wanted = wanted + sum(f.sum() for f in by_hand(plain, batch(seed)))
+            plain.zero_grad()
+            wanted.backward()
+            for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad)
+    assert hook_count(net) == 0
+    with pytest.raises(ValueError, match=r"it has no 'module\.stem'.*'stem'"):
+        FeatureHooks(model, ["module.stem"])
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
+def test_hooks_placed_before_the_first_call_are_compiled_in(net, backend, in_place):
+    plain = copy.deepcopy(net)
+    if in_place:
+        net.compile(backend=backend, fullgraph=True)
+        model = net
+    else:
+        model = torch.compile(net, backend=backend, fullgraph=True)
+    assert unwrap(model) is net
+    hooks = FeatureHooks(model, LAYERS)
+    for seed in (1, 2, 3):
+        output = model(batch(seed))
+        torch.testing.assert_close(output, plain(batch(seed)))
+        assert_features(hooks, by_hand(plain, batch(seed)))
+        net.zero_grad()
+        (output.square().sum() + sum(f.sum() for f in hooks)).backward()
+        plain.zero_grad()
+        wanted = plain(batch(seed)).square().sum()
+        (wanted + sum(f.sum() for f in by_hand(plain, batch(seed)))).backward()
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_layer_that_did_not_run_or_ran_twice_is_named(net):
+    model = torch.compile(net, backend="eager", fullgraph=True)
+    hooks = FeatureHooks(model, ["stem", "spare"])
+    model(batch(), spare_uses=1)
+    assert len(hooks.features) == 2
+    for uses, message in ((0, "'spare' did not run"), (2, "'spare' ran 2 times")):
+        model(batch(), spare_uses=uses)
+        with pytest.raises(RuntimeError, match=message):
+            _ = hooks.features
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_removing_hooks_from_a_compiled_model_stops_the_collecting(net):
+    model = torch.compile(net, backend="eager", fullgraph=True)
+    with FeatureHooks(model, LAYERS) as hooks:
+        model(batch(1))
+    model(batch(2))
+    assert_features(hooks, by_hand(net, batch(1)))
+    assert hook_count(net) == 0
+
+
+@pytest.mark.usefixtures("dynamo", "process_group")
+@pytest.mark.parametrize("outermost", ["compile", "ddp"])
+def test_wrappers_inside_wrappers_are_seen_through(net, outermost):
+    if outermost == "compile":
+        model = torch.compile(DistributedDataParallel(net), backend="eager")
+    else:
+        model = DistributedDataParallel(torch.compile(net, backend="eager"))
+    assert unwrap(model) is net
+    hooks = FeatureHooks(model, LAYERS)
+    for seed in (1, 2):
+        model(batch(seed))
+        assert_features(hooks, by_hand(net, batch(seed)))
