@@ -169,6 +169,9 @@ def test_a_module_of_two_names_answers_to_both(net):
     assert first is second
 
 
+# torch.compile looks at `.grad` of what comes into a compiled submodule, and warns itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.usefixtures("dynamo")
 def test_names_inside_a_compiled_submodule_are_those_of_the_plain_one(net):
     x = batch()
     wanted = by_hand(net, x)
