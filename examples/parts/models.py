@@ -65,10 +65,8 @@ class VGG(nn.Module):
             Rearrange("b c h w -> b (c h w)"),
             nn.Linear(incoming * 2 * 2, hidden),
             nn.ReLU(),
-            nn.Dropout(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Dropout(),
             nn.Linear(hidden, num_classes),
         )
 
