@@ -1,0 +1,119 @@
+"""Several processes give what one process gives on the concatenated batch (gloo, CPU)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
+
+POINTS = ["1", "3", "5"]
+CHANNELS = [4, 5, 6]
+BATCH = 8
+STEPS = 10
+FORMS = ["plain", "ddp", "accumulated"]
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    layers, incoming = [], 3
+    for channels in CHANNELS:
+        layers += [nn.Conv2d(incoming, channels, 3, padding=1), nn.Tanh()]
+        incoming = channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(incoming, 4)]
+    return nn.Sequential(*layers).double()
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(BATCH, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return images, torch.randint(4, (BATCH,), generator=generator)
+
+
+def train(form, reduction, group):
+    """Train heads and student, on this process's part of each batch; return parameters, losses."""
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    student, teacher = network(1), network(2).requires_grad_(False)
+    torch.manual_seed(3)
+    loss = GraphTransferLoss(CHANNELS, 3, reduction=reduction, process_group=group).double()
+    if form == "ddp" and group is not None:
+        student = DistributedDataParallel(student, process_group=group)
+    of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+
+    torch.manual_seed(100 + rank)  # processes draw differently, as they do when they augment
+    heads = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for step in range(3):
+        teacher(batch(step)[0][mine])
+        heads.zero_grad()
+        loss.estimator_loss(of_teacher).backward()
+        heads.step()
+
+    losses = []
+    optimizer = GatedGradClip(
+        torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9), process_group=group
+    )
+    for step in range(STEPS):
+        images, labels = (part[mine] for part in batch(step))
+        optimizer.zero_grad()
+        for _ in range(2 if form == "accumulated" else 1):
+            teacher(images)
+            # Without DDP there is nothing to switch off.
+            quiet = getattr(student, "no_sync", torch.enable_grad)
+            with quiet():
+                task = nn.functional.cross_entropy(student(images), labels)
+                transfer = loss(of_student, of_teacher)
+                optimizer.backward(task, transfer)
+            losses.append(torch.stack([task, transfer]).detach())
+        optimizer.step()
+    parameters = [p.detach().clone() for m in (student, loss) for p in m.parameters()]
+    return parameters, torch.stack(losses), list(loss.buffers())
+
+
+def refusal():
+    optimizer = GatedGradClip(torch.optim.SGD(network(1).parameters(), lr=0.1))
+    try:
+        optimizer.backward(torch.zeros(()), torch.zeros(()))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    results = {
+        (form, reduction): train(form, reduction, dist.group.WORLD)
+        for form in FORMS
+        for reduction in ("sum", "batchmean")
+    }
+    torch.save({"results": results, "refusal": refusal()}, f"{folder}/{world}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request, tmp_path_factory):
+    """Run everything in two and in four processes and return what each of them got."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{request.param}.{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+@pytest.mark.parametrize("form", FORMS)
+def test_processes_train_as_one_does_on_the_whole_batch(processes, form, reduction):
+    parameters, losses, buffers = train(form, reduction, None)
+    got = [process["results"][form, reduction] for process in processes]
+    for own_parameters, _, own_buffers in got:
+        torch.testing.assert_close(own_parameters, parameters, rtol=0, atol=1e-9)
+        torch.testing.assert_close(own_buffers, buffers, rtol=0, atol=1e-9)
+    mean_losses = torch.stack([own_losses for _, own_losses, _ in got]).mean(dim=0)
+    torch.testing.assert_close(mean_losses, losses, rtol=1e-7, atol=1e-9)
+
+
+def test_several_processes_without_a_group_are_refused(processes):
+    for rank in processes:
+        assert "`process_group` must be given among" in rank["refusal"]
