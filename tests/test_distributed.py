@@ -5,7 +5,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # before torch 2.6
+    from torch.distributed._composable.fsdp import fully_shard
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
@@ -81,6 +87,16 @@ def refusal():
     return None
 
 
+def sharded_refusal():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    try:
+        GatedGradClip(torch.optim.SGD(model.parameters(), lr=0.1))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
@@ -90,7 +106,8 @@ def work(rank, world, folder):
         for form in FORMS
         for reduction in ("sum", "batchmean")
     }
-    torch.save({"results": results, "refusal": refusal()}, f"{folder}/{world}.{rank}.pt")
+    refusals = {"no group": refusal(), "sharded": sharded_refusal()}
+    torch.save({"results": results, "refusals": refusals}, f"{folder}/{world}.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -116,4 +133,9 @@ def test_processes_train_as_one_does_on_the_whole_batch(processes, form, reducti
 
 def test_several_processes_without_a_group_are_refused(processes):
     for rank in processes:
-        assert "`process_group` must be given among" in rank["refusal"]
+        assert "`process_group` must be given among" in rank["refusals"]["no group"]
+
+
+def test_sharded_parameters_are_refused(processes):
+    for rank in processes:
+        assert "must hold plain parameters; number 0 is a DTensor" in rank["refusals"]["sharded"]

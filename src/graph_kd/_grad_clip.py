@@ -82,7 +82,8 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         skipped: Steps whose transfer gradient was not finite. Count.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer, or a loss no tensor.
+        TypeError: ``optimizer`` is no torch optimizer or holds sharded parameters (FSDP2), or a
+            loss is no tensor.
         ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
             gives a sparse gradient, or a callable gate that returns no single number.
         RuntimeError: several processes are running and no process group was given.
@@ -135,6 +136,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
                 "_scale": 1.0,
             }
         )
+        self._trained_parameters()  # what can not be trained is told before the first step
 
     def backward(self, task_loss: Tensor, transfer_loss: Tensor) -> None:
         """Leave the merged gradient of the two scalar losses in every ``p.grad``.
@@ -144,7 +146,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         reaches keeps None.
         """
         self._check_processes()
-        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        params = self._trained_parameters()
         new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
         new_transfer = _gradients(
             "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
@@ -269,6 +271,19 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
             if self._steps_since_overflow == SCALE_GROWTH_INTERVAL:
                 self._scale *= 2
                 self._steps_since_overflow = 0
+
+    def _trained_parameters(self) -> list[Tensor]:
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        for place, param in enumerate(params):
+            if hasattr(param, "device_mesh"):  # DTensor, wherever this torch keeps the class
+                raise TypeError(
+                    "`optimizer` must hold plain parameters; number "
+                    f"{place} is a {type(param).__name__} of shape {tuple(param.shape)}. Sharded "
+                    "models (FSDP2, tensor parallelism) reduce gradients inside `.backward()`, of "
+                    "which there is one a step, and two gradients are needed here: use DDP under "
+                    "`no_sync()` with a process group."
+                )
+        return params
 
     def _check_processes(self) -> None:
         if self.process_group is None and dist.is_available() and dist.is_initialized():
