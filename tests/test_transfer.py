@@ -150,6 +150,29 @@ def test_estimator_loss_is_the_sum_over_pairs():
     torch.testing.assert_close(loss.estimator_loss(teacher), wanted)
 
 
+@squashes
+@pytest.mark.parametrize("block_rows", [1, 4, 5])
+def test_blocks_of_rows_give_the_loss_and_gradient_of_the_whole(squash, block_rows):
+    whole, blocks = make(squash=squash), make(squash=squash, block_rows=block_rows)
+    student = [f.requires_grad_() for f in features()]
+    values = [loss(student, features(seed=1)) for loss in (whole, blocks)]
+    torch.testing.assert_close(*values)
+    gradients = [torch.autograd.grad(value, student) for value in values]
+    torch.testing.assert_close(*gradients)
+
+
+def test_memory_of_a_large_batch_grows_linearly(monkeypatch):
+    monkeypatch.setattr("graph_kd._transfer.BLOCK_ENTRIES", 64 * 64)
+    entries = {}
+    for batch in (128, 256):
+        loss, largest = make(), []
+        loss.squash = lambda logits, largest=largest: largest.append(logits.numel()) or logits
+        student = [f.requires_grad_() for f in features(batch=batch)]
+        loss(student, features(seed=1, batch=batch)).backward()
+        entries[batch] = max(largest)
+    assert entries == {128: 3 * 64 * 64, 256: 3 * 64 * 64}
+
+
 def test_batchmean_divides_the_sum_by_the_samples():
     summed, mean = make(reduction="sum"), make(reduction="batchmean")
     student, teacher = features(), features(seed=1)
@@ -288,6 +311,7 @@ def test_rejects_more_vectors_than_a_map_has():
         ({"num_heads": 0}, ValueError, r"`num_heads` must be an int ≥ 1; got 0"),
         ({"k": 5}, ValueError, r"`student_k` must be an int ≥ 5; got 4"),
         ({"squash": "sqrt"}, ValueError, r"`squash` must be one of .* a callable; got 'sqrt'"),
+        ({"block_rows": 0}, ValueError, r"`block_rows` must be an int ≥ 1; got 0"),
         ({"reduction": "mean"}, ValueError, r"`reduction` must be one of .*; got 'mean'"),
     ],
 )

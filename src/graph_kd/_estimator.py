@@ -85,7 +85,9 @@ class MultiHeadGraphEstimator(nn.Module):
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the attention logits S before any softmax, ``m i j``."""
         self._check_rows(front, back)
-        return self._logits(self.theta(back), self.phi(front))
+        theta, phi = self._by_head(self.theta(back)), self._by_head(self.phi(front))
+        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        return logits
 
     def frozen_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the logits S in inference mode, whatever `train` says, ``m i j``.
@@ -93,8 +95,15 @@ class MultiHeadGraphEstimator(nn.Module):
         Running statistics are used and stay as they are; gradient flows to the two inputs, and
         none to the parameters. These are the graphs that are transferred.
         """
+        theta, phi = self.frozen_embeddings(front, back)
+        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        return logits
+
+    def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``; frozen logits are their products."""
         self._check_rows(front, back)
-        return self._logits(_inference(self.theta, back), _inference(self.phi, front))
+        theta, phi = _inference(self.theta, back), _inference(self.phi, front)
+        return self._by_head(theta), self._by_head(phi)
 
     def forward(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
         """Return the estimate of ``back``, ``i c``, unit rows.
@@ -130,11 +139,9 @@ class MultiHeadGraphEstimator(nn.Module):
             f"head_channels={self.head_channels}, drop_heads={self.drop_heads}"
         )
 
-    def _logits(self, theta: Tensor, phi: Tensor) -> Tensor:
-        theta = rearrange(theta, "i (m d) -> m i d", m=self.num_heads)
-        phi = rearrange(phi, "j (m d) -> m j d", m=self.num_heads)
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        return logits
+    def _by_head(self, embedding: Tensor) -> Tensor:
+        by_head: Tensor = rearrange(embedding, "n (m d) -> m n d", m=self.num_heads)
+        return by_head
 
     def _check_rows(self, front: Tensor, back: Tensor) -> None:
         for name, rows, channels in (

@@ -13,8 +13,9 @@ from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graph_kd._checks import check_choice, check_count, check_floating
 from graph_kd._distributed import HoldsProcessGroup, gather_rows
@@ -22,6 +23,8 @@ from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._svd import align_singular_vectors, channel_count, to_rows, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
+
+BLOCK_ENTRIES = 1024 * 1024  # of a graph, a head
 
 Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
 
@@ -61,6 +64,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             processes of the losses, and of the gradients, is that of one process holding the whole
             batch. `estimator_loss` is the whole batch's on every process. Every process must hold
             the same number of samples.
+        block_rows: Rows of a graph that are held at a time; their logits are computed again in the
+            backward pass, so that memory grows linearly in the batch. None takes whole graphs up to
+            1024 × 1024 entries a head, and blocks of as many entries above. A callable ``squash``
+            sees the rows of a block. Count.
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
@@ -93,6 +100,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         squash: Squash = None,
         reduction: Literal["sum", "batchmean"] = "sum",
         process_group: dist.ProcessGroup | None = None,
+        block_rows: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(channels, int) or len(channels) < 2:
@@ -108,6 +116,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self.squash = squash
         self.reduction = reduction
         self.process_group = process_group
+        self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
         self.estimators = nn.ModuleList(
             MultiHeadGraphEstimator(k * front, k * back, num_heads)
             for front, back in pairwise(self.channels)
@@ -135,12 +144,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         student = self._check("student_features", student_features)
         teacher = self._check("teacher_features", teacher_features, batch=len(student[0]))
         student_rows, teacher_rows = self._compress_pair(student, teacher)
-        with torch.no_grad():
-            teacher_log_graphs = self._log_graphs(teacher_rows)
         pairs = [
-            (student_log.exp() * (student_log - teacher_log)).sum()
-            for student_log, teacher_log in zip(
-                self._log_graphs(student_rows), teacher_log_graphs, strict=True
+            self._pair_loss(*pair)
+            for pair in zip(
+                self._heads, pairwise(student_rows), pairwise(teacher_rows), strict=True
             )
         ]
         # Over processes the mean is taken later: it must give the sum over all rows.
@@ -165,7 +172,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         else:
             teacher = self._check("align_to", align_to, batch=len(checked[0]))
             rows, _ = self._compress_pair(checked, teacher, names=("features", "align_to"))
-        return [log_graph.exp() for log_graph in self._log_graphs(rows)]
+        with torch.autocast(rows[0].device.type, enabled=False):
+            return [
+                self._log_graph(*self._embeddings(estimator, front, back)).exp()
+                for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True)
+            ]
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
@@ -211,17 +222,45 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         weight = self._heads[0].f2.weight
         return row.to(weight.dtype)
 
-    def _log_graphs(self, rows: list[Tensor]) -> list[Tensor]:
-        """Return log G of every pair; rows are this process's samples, columns the group's."""
-        log_graphs = []
-        with torch.autocast(rows[0].device.type, enabled=False):
-            columns = [gather_rows(row, self.process_group) for row in rows[:-1]]
-            for estimator, front, back in zip(self._heads, columns, rows[1:], strict=True):
-                logits = self._squashed(
-                    estimator.frozen_logits(front, back), estimator.head_channels
-                )
-                log_graphs.append(logits.log_softmax(dim=-1))
-        return log_graphs
+    def _embeddings(
+        self, estimator: MultiHeadGraphEstimator, front: Tensor, back: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return θ of this process's samples and φ of the group's."""
+        return estimator.frozen_embeddings(gather_rows(front, self.process_group), back)
+
+    def _log_graph(self, theta: Tensor, phi: Tensor) -> Tensor:
+        """Return log G of the rows that ``theta`` has."""
+        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        return self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
+
+    def _pair_loss(
+        self,
+        estimator: MultiHeadGraphEstimator,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return Σ_m,i,j G^S (log G^S - log G^T) of one pair (front, back), by blocks of rows."""
+
+        def divergence(theta: Tensor, theta_of_teacher: Tensor) -> Tensor:
+            with torch.autocast(theta.device.type, enabled=False):
+                with torch.no_grad():
+                    teacher_log = self._log_graph(theta_of_teacher, teacher_phi)
+                student_log = self._log_graph(theta, phi)
+                return (student_log.exp() * (student_log - teacher_log)).sum()
+
+        with torch.autocast(student[0].device.type, enabled=False):
+            theta, phi = self._embeddings(estimator, *student)
+            with torch.no_grad():
+                teacher_theta, teacher_phi = self._embeddings(estimator, *teacher)
+        rows = self.block_rows or max(1, BLOCK_ENTRIES // phi.shape[1])
+        if rows >= theta.shape[1]:
+            return divergence(theta, teacher_theta)
+        # Graphs of a block are made again in the backward pass; none but its own is ever held.
+        blocks = zip(
+            torch.split(theta, rows, dim=1), torch.split(teacher_theta, rows, dim=1), strict=True
+        )
+        losses = [checkpoint(divergence, *block, use_reentrant=False) for block in blocks]
+        return torch.stack(losses).sum()
 
     def _squashed(self, logits: Tensor, head_channels: int) -> Tensor:
         if self.squash is None:
