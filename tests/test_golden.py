@@ -86,6 +86,22 @@ def test_transfer_loss_and_its_exact_gradient(case_name, dtype, form):
 
 
 @cases
+@pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_change_the_loss_by_less_than_one_per_cent(
+    case_name, squash, dtype
+):
+    case = load(f"mhgd_case_{case_name}", torch.float32)
+    loss, student, teacher = (
+        transfer(case, squash=squash),
+        maps(case, "student"),
+        maps(case, "teacher"),
+    )
+    half = loss([f.to(dtype) for f in student], [f.to(dtype) for f in teacher])
+    assert half.item() == pytest.approx(loss(student, teacher).item(), rel=0.01)
+
+
+@cases
 @dtypes
 @pytest.mark.parametrize("form", ["authors", "poster"])
 def test_gradient_at_the_aligned_vectors(case_name, dtype, form):

@@ -1,0 +1,93 @@
+"""torch.compile with fullgraph: the same numbers as eager, one graph, no recompilation."""
+
+import pytest
+import torch
+from torch import nn
+
+from graph_kd import FeatureHooks, GraphTransferLoss
+
+CHANNELS = [6, 8, 10]
+
+pytestmark = [
+    pytest.mark.usefixtures("dynamo"),
+    # torch.compile itself makes a Function object to trace one.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def features(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(6, c, 4, 4, generator=generator) for c in CHANNELS]
+
+
+def loss_and_gradient(loss, seed):
+    student = [f.requires_grad_() for f in features(seed)]
+    value = loss(student, features(seed + 1))
+    return [value.detach(), *torch.autograd.grad(value, student)]
+
+
+@pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
+def test_transfer_loss_and_gradient_equal_eager(squash):
+    torch.manual_seed(0)
+    loss = GraphTransferLoss(CHANNELS, 3, squash=squash)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(loss_and_gradient(compiled, 0), loss_and_gradient(loss, 0))
+
+
+def test_new_content_needs_no_new_graph():
+    torch.manual_seed(0)
+    loss = GraphTransferLoss(CHANNELS, 3)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    loss_and_gradient(compiled, 0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (2, 4, 6):
+            torch.testing.assert_close(
+                loss_and_gradient(compiled, seed), loss_and_gradient(loss, seed)
+            )
+
+
+def test_estimator_loss_equals_eager():
+    torch.manual_seed(0)
+    loss = GraphTransferLoss(CHANNELS, num_heads=1)  # a single head: nothing is drawn
+    compiled = torch.compile(loss.estimator_loss, fullgraph=True, backend="aot_eager")
+    teacher = features(0)
+    wanted = torch.autograd.grad(loss.estimator_loss(teacher), list(loss.parameters()))
+    got = torch.autograd.grad(compiled(teacher), list(loss.parameters()))
+    torch.testing.assert_close(got, wanted)
+
+
+class Distillation(nn.Module):
+    """A student, its hooks and the loss in one graph."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers, incoming = [], 3
+        for channels in CHANNELS:
+            layers += [nn.Conv2d(incoming, channels, 3), nn.ReLU()]
+            incoming = channels
+        self.student = nn.Sequential(*layers)
+        self.hooks = FeatureHooks(self.student, ["1", "3", "5"])
+        self.loss = GraphTransferLoss(CHANNELS, 3)
+
+    def forward(self, images, teacher):
+        self.student(images)
+        return self.loss(self.hooks.features, teacher)
+
+
+def test_hooks_and_loss_fit_into_one_graph():
+    step = Distillation()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    parameters = list(step.student.parameters())
+    for seed in (0, 1):
+        images = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+        wanted = torch.autograd.grad(step(images, features(seed)), parameters)
+        got = torch.autograd.grad(compiled(images, features(seed)), parameters)
+        torch.testing.assert_close(got, wanted)
