@@ -82,3 +82,9 @@ def transfer_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
             p, q = softmax(student_row), softmax(teacher_row)
             total = total + (p * (p.log() - q.log())).sum()
     return total
+
+
+def frozen_logits(estimator: torch.nn.Module, front: Tensor, back: Tensor) -> Tensor:
+    """Return the products of the frozen embeddings, which is what the transfer compares."""
+    theta, phi = estimator.frozen_embeddings(front, back)
+    return theta @ phi.mT

@@ -87,6 +87,15 @@ def refusal():
     return None
 
 
+def unequal_batches(group):
+    loss = GraphTransferLoss(CHANNELS, process_group=group).double()
+    try:
+        loss.estimator_loss([torch.ones(2 + group.rank(), c, 2, 2).double() for c in CHANNELS])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def sharded_refusal():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -107,6 +116,7 @@ def work(rank, world, folder):
         for reduction in ("sum", "batchmean")
     }
     refusals = {"no group": refusal(), "sharded": sharded_refusal()}
+    refusals["unequal"] = unequal_batches(dist.group.WORLD)
     torch.save({"results": results, "refusals": refusals}, f"{folder}/{world}.{rank}.pt")
     dist.destroy_process_group()
 
@@ -134,6 +144,11 @@ def test_processes_train_as_one_does_on_the_whole_batch(processes, form, reducti
 def test_several_processes_without_a_group_are_refused(processes):
     for rank in processes:
         assert "`process_group` must be given among" in rank["refusals"]["no group"]
+
+
+def test_unequal_batches_are_refused(processes):
+    for rank in processes:
+        assert "must hold the same number of samples; their" in rank["refusals"]["unequal"]
 
 
 def test_sharded_parameters_are_refused(processes):

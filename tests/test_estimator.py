@@ -1,10 +1,13 @@
 """Laws of the estimator, against slow loops and by its symmetries."""
 
+from functools import partial
+
 import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import frozen_logits
 from strategies import seeds
 
 from graph_kd import MultiHeadGraphEstimator
@@ -48,7 +51,7 @@ def test_logits_and_estimate_equal_the_loops(training, seed, num_heads, head_cha
 def test_frozen_logits_are_those_of_inference_whatever_train_says(seed):
     estimator, (front, back) = make(seed), vectors(seed)
     state = {name: tensor.clone() for name, tensor in estimator.state_dict().items()}
-    frozen = estimator.train().frozen_logits(front, back)
+    frozen = frozen_logits(estimator.train(), front, back)
     torch.testing.assert_close(frozen, estimator.eval().attention_logits(front, back))
     assert not frozen.requires_grad
     for name, tensor in estimator.state_dict().items():
@@ -125,7 +128,7 @@ def test_gradient_reaches_every_parameter_and_both_inputs():
 def test_gradcheck_of_logits_and_loss():
     estimator, (front, back) = make(num_heads=2, drop_heads=False).eval(), vectors(count=3)
     inputs = (front.requires_grad_(), back.requires_grad_())
-    assert torch.autograd.gradcheck(estimator.frozen_logits, inputs)
+    assert torch.autograd.gradcheck(partial(frozen_logits, estimator), inputs)
     assert torch.autograd.gradcheck(estimator.loss, inputs)
 
 
@@ -160,12 +163,30 @@ def test_state_dict_reads_like_the_method():
         (torch.ones(4, FRONT), torch.ones(4), ValueError, r"`back` must have shape \(samples, 7\)"),
         (torch.ones(1, FRONT), torch.ones(1, BACK), ValueError, r"at least 2 samples.*got 1 and 1"),
         (torch.ones(4, FRONT).int(), torch.ones(4, BACK), TypeError, r"`front` must be a floating"),
+        (
+            torch.ones(4, FRONT).double(),
+            torch.ones(4, BACK),
+            TypeError,
+            r"`front` .*float32 on cpu",
+        ),
         (None, torch.ones(4, BACK), TypeError, r"`front` must be a tensor; got NoneType"),
     ],
 )
 def test_rejects_vectors_that_do_not_fit(front, back, error, message):
     with pytest.raises(error, match=message):
         MultiHeadGraphEstimator(FRONT, BACK).attention_logits(front, back)
+
+
+def test_autocast_has_no_effect():
+    estimator, (front, back) = make().float().eval(), (rows.float() for rows in vectors())
+    wanted = estimator(front, back)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(estimator(front, back), wanted)
+
+
+def test_rejects_a_switch_that_is_no_bool():
+    with pytest.raises(TypeError, match=r"`drop_heads` must be a bool; got 'no'"):
+        MultiHeadGraphEstimator(FRONT, BACK, drop_heads="no")
 
 
 @pytest.mark.parametrize("name", ["front_channels", "back_channels", "num_heads", "head_channels"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from graph_kd import GatedGradClip
-from graph_kd._grad_clip import gate_factors, merge_gradients
+from graph_kd._gate import gate_factors, merge_gradients
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 GATES = ["norm", "sigmoid", lambda task, transfer: task / (task + transfer)]
@@ -561,6 +561,40 @@ def test_rejects_sparse_gradients():
     output = words(torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"`task_loss` must give dense gradients; parameter 0 of"):
         optimizer.backward(output.sum(), output.square().sum())
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_factor_that_is_not_finite_leaves_the_task_alone_and_is_counted(factor):
+    params, optimizer, task, good, _ = skip_case(0.0, gate=lambda *_: factor)
+    optimizer.backward(linear(params, task), linear(params, good))
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, task, strict=True))
+    assert optimizer.skipped == 1
+
+
+def test_an_overflow_among_accumulated_gradients_halves_the_scale_once():
+    params, optimizer, task, good, broken = skip_case(math.inf)
+    for transfer in (broken, good, good, good):
+        optimizer.backward(linear(params, task), linear(params, transfer))
+    assert optimizer.state_dict()["transfer_scale"] == 0.5
+
+
+@pytest.mark.parametrize("bound", [math.nan, math.inf, -1.0])
+def test_rejects_a_bound_set_to_what_bounds_nothing(bound):
+    params, optimizer, task, good, _ = skip_case(0.0)
+    optimizer.bound = bound
+    with pytest.raises(ValueError, match=r"`bound` must be a finite number ≥ 0"):
+        optimizer.backward(linear(params, task), linear(params, good))
+
+
+def test_rejects_an_optimizer_without_anything_to_train():
+    optimizer = GatedGradClip(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    with pytest.raises(ValueError, match=r"`optimizer` must hold a parameter that requires"):
+        optimizer.backward(torch.zeros(()), torch.zeros(()))
+
+
+def test_rejects_a_process_group_of_another_kind():
+    with pytest.raises(TypeError, match=r"`process_group` must be a torch.distributed .*'world'"):
+        GatedGradClip(torch.optim.SGD([torch.zeros(1)], lr=0.1), process_group="world")
 
 
 @pytest.mark.parametrize("returned", [torch.tensor([0.5]), 0.5, torch.tensor(0.5)])

@@ -181,6 +181,20 @@ def test_names_inside_a_compiled_submodule_are_those_of_the_plain_one(net):
         assert_features(hooks, wanted)
 
 
+def test_a_copy_of_the_model_leaves_the_hooks_of_the_original_alone(net):
+    with FeatureHooks(net, LAYERS) as hooks:
+        net(batch())
+        twin = copy.deepcopy(net)
+        averaged = torch.optim.swa_utils.AveragedModel(net)
+        before = hooks.features
+        twin(batch(2))
+        averaged(batch(3))
+        assert all(a is b for a, b in zip(hooks.features, before, strict=True))
+        with FeatureHooks(twin, LAYERS) as hooks_of_twin:
+            twin(batch(2))
+            assert_features(hooks_of_twin, by_hand(twin, batch(2)))
+
+
 def test_hooks_do_not_change_the_output(net):
     wanted = net(batch())
     with FeatureHooks(net, LAYERS):

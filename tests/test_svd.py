@@ -262,6 +262,28 @@ def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast):
     assert features.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1e-5])
+def test_small_half_precision_maps_are_not_taken_for_zero(dtype, scale):
+    features = (random_map((4, 4, 6)) * scale).to(dtype).requires_grad_()
+    vectors = SVDFeature(2)(features)
+    torch.testing.assert_close(vectors, SVDFeature(2)(features.detach().float()))
+    vectors[:, 0].sum().backward()
+    assert features.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 3, 6), (2, 2, 7)])
+def test_gradient_is_finite_at_the_rank_that_rounding_to_half_makes(dtype, shape):
+    h, w, c = shape
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.rand(200, c, 1, 1, generator=generator)
+    features = (columns * torch.rand(200, 1, h, w, generator=generator)).to(dtype).requires_grad_()
+    vectors = SVDFeature(4)(features)
+    (vectors * torch.randn(vectors.shape, generator=generator)).sum().backward()
+    assert features.grad.isfinite().all()
+
+
 def test_memory_format_does_not_matter():
     features = random_map((4, 4, 6))
     channels_last = features.to(memory_format=torch.channels_last)

@@ -249,6 +249,12 @@ def test_survives_copy_pickle_and_state_dict():
         assert torch.equal(twin(student, teacher), loss(student, teacher))
 
 
+@pytest.mark.parametrize("squash", [lambda s: s.mean(-1, keepdim=True), lambda _: None])
+def test_rejects_a_squash_that_returns_something_else(squash):
+    with pytest.raises(ValueError, match=r"`squash` must return logits of the shape"):
+        make(squash=squash)(features(), features(seed=1))
+
+
 def one_wrong(index, tensor):
     maps = features()
     maps[index] = tensor
@@ -305,6 +311,8 @@ def test_rejects_more_vectors_than_a_map_has():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
+        ({"channels": None}, ValueError, r"`channels` must list .* got None"),
+        ({"process_group": 1}, TypeError, r"`process_group` must be a torch.distributed .*got 1"),
         ({"channels": 64}, ValueError, r"`channels` must list .* got 64"),
         ({"channels": [64]}, ValueError, r"`channels` must list .* at least two .* got \[64\]"),
         ({"channels": [64, 0]}, ValueError, r"`channels\[1\]` must be an int ≥ 1; got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,20 +13,21 @@ __all__ = ["check_choice", "check_count", "check_floating", "check_positive"]
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` if it is an int of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an int; got {value!r} ({type(value).__name__}).")
     if value < minimum:
         raise ValueError(f"`{name}` must be an int ≥ {minimum}; got {value}.")
-    return value
+    return int(value)
 
 
 def check_positive(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number; got {value!r} ({type(value).__name__}).")
-    if not 0 < value < float("inf"):
+    number = float(value)
+    if not 0 < number < float("inf"):
         raise ValueError(f"`{name}` must be a finite number > 0; got {value}.")
-    return float(value)
+    return number
 
 
 def check_choice(

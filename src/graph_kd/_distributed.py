@@ -14,7 +14,37 @@ import torch.distributed as dist
 from einops import pack, unpack
 from torch import Tensor
 
-__all__ = ["HoldsProcessGroup", "average_over_processes", "gather_rows"]
+__all__ = [
+    "HoldsProcessGroup",
+    "average_over_processes",
+    "check_equal_batches",
+    "check_process_group",
+    "gather_rows",
+]
+
+
+def check_process_group(group: Any) -> dist.ProcessGroup | None:
+    """Return ``group`` if it is a process group or None."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
+    raise TypeError(
+        f"`process_group` must be a torch.distributed process group or None; got {group!r}. "
+        "`torch.distributed.group.WORLD` is one after `init_process_group`."
+    )
+
+
+def check_equal_batches(batch: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Refuse batches that differ between processes, before a collective call aborts on them."""
+    if group is None or torch.compiler.is_compiling():
+        return
+    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    counts[group.rank()] = batch
+    dist.all_reduce(counts, group=group)
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(
+            "Every process must hold the same number of samples; their batches have "
+            f"{counts.tolist()}. Use a sampler that drops or repeats the last ones."
+        )
 
 
 class HoldsProcessGroup:
@@ -24,6 +54,11 @@ class HoldsProcessGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"process_group": None}
+
+    def __copy__(self) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__(self.__getstate__() | {"process_group": self.process_group})  # type: ignore[attr-defined] # modules and optimizers have it
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = self.__class__.__new__(self.__class__)

@@ -32,8 +32,9 @@ class MultiHeadGraphEstimator(nn.Module):
     alone. Their random dropping of heads during training is kept; a single head is never dropped.
     Weights start from a normal distribution of variance 2 / fan_out, theirs from the truncated one.
 
-    Gradient reaches every parameter and both inputs. Training mode uses (and moves) the statistics
-    of the batch, so it needs at least two samples; evaluation mode uses the running ones.
+    Gradient reaches every parameter and both inputs; autocast has no effect. Training mode uses
+    (and moves) the statistics of the batch, so it needs at least two samples; evaluation mode uses
+    the running ones.
 
     Args:
         front_channels: Length of a front-end vector. Count.
@@ -47,6 +48,11 @@ class MultiHeadGraphEstimator(nn.Module):
         - front: ``j c_front``, floating, the parameters' dtype
         - back: ``i c_back``, likewise
         - returns: ``i c_back``, unit rows
+
+    Raises:
+        TypeError: vectors are no floating-point tensors of the parameters' dtype and device, or
+            ``drop_heads`` is no bool.
+        ValueError: a size is no count, vectors do not have their channels, or are fewer than two.
 
     Example:
         >>> import torch
@@ -72,6 +78,8 @@ class MultiHeadGraphEstimator(nn.Module):
         if head_channels is None:
             head_channels = max(1, (front_channels + back_channels) // 2)
         self.head_channels = check_count("head_channels", head_channels)
+        if not isinstance(drop_heads, bool):
+            raise TypeError(f"`drop_heads` must be a bool; got {drop_heads!r}.")
         self.drop_heads = drop_heads
 
         width = num_heads * head_channels  # head-major: (m d)
@@ -85,24 +93,21 @@ class MultiHeadGraphEstimator(nn.Module):
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the attention logits S before any softmax, ``m i j``."""
         self._check_rows(front, back)
-        theta, phi = self._by_head(self.theta(back)), self._by_head(self.phi(front))
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        return logits
-
-    def frozen_logits(self, front: Tensor, back: Tensor) -> Tensor:
-        """Return the logits S in inference mode, whatever `train` says, ``m i j``.
-
-        Running statistics are used and stay as they are; gradient flows to the two inputs, and
-        none to the parameters. These are the graphs that are transferred.
-        """
-        theta, phi = self.frozen_embeddings(front, back)
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        with _full_precision(front):
+            theta, phi = self._by_head(self.theta(back)), self._by_head(self.phi(front))
+            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
         return logits
 
     def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ(back), ``m i d``, and φ(front), ``m j d``; frozen logits are their products."""
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in inference mode.
+
+        Their products are the logits of the graphs that are transferred. Running statistics are
+        used and stay as they are, whatever `train` says; gradient flows to the two inputs, and none
+        to the parameters.
+        """
         self._check_rows(front, back)
-        theta, phi = _inference(self.theta, back), _inference(self.phi, front)
+        with _full_precision(front):
+            theta, phi = _inference(self.theta, back), _inference(self.phi, front)
         return self._by_head(theta), self._by_head(phi)
 
     def forward(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
@@ -115,14 +120,15 @@ class MultiHeadGraphEstimator(nn.Module):
             kept_heads = self.draw_kept_heads(back)
         if kept_heads is not None:
             graphs_mij = graphs_mij * rearrange(kept_heads, "m i -> m i 1")
-        values_jd = self.f1(front)
-        gathered = einsum(graphs_mij, values_jd, "m i j, j d -> m i d")
-        return F.normalize(self.f2(rearrange(gathered, "m i d -> i (m d)")), dim=-1)
+        with _full_precision(front):
+            values_jd = self.f1(front)
+            gathered = einsum(graphs_mij, values_jd, "m i j, j d -> m i d")
+            return F.normalize(self.f2(rearrange(gathered, "m i d -> i (m d)")), dim=-1)
 
     def loss(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
         """Return L_MHAN of this pair, the mean over samples of 1 - cosine, for unit ``back``."""
         estimate = self(front, back, kept_heads=kept_heads)
-        cosine: Tensor = einsum(estimate, back, "i c, i c -> i")
+        cosine: Tensor = (estimate * back).sum(dim=-1)
         return (1 - cosine).mean()
 
     def draw_kept_heads(self, back: Tensor) -> Tensor | None:
@@ -153,6 +159,11 @@ class MultiHeadGraphEstimator(nn.Module):
                 raise ValueError(
                     f"`{name}` must have shape (samples, {channels}); got {tuple(rows.shape)}."
                 )
+            if rows.dtype != self.f2.weight.dtype or rows.device != self.f2.weight.device:
+                raise TypeError(
+                    f"`{name}` must be {self.f2.weight.dtype} on {self.f2.weight.device}, as the "
+                    f"parameters are; got {rows.dtype} on {rows.device}. Convert it with `.to()`."
+                )
         fewest = min(len(front), len(back)) if self.training else len(front)
         if fewest < 2:
             raise ValueError(
@@ -160,6 +171,11 @@ class MultiHeadGraphEstimator(nn.Module):
                 f"other, and batch norm needs two; got {len(front)} and {len(back)}. Drop the last "
                 "incomplete batch of an epoch."
             )
+
+
+def _full_precision(rows: Tensor) -> torch.autocast:
+    """Switch autocast off: unit vectors and their small differences need more than half."""
+    return torch.autocast(rows.device.type, enabled=False)
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -1,14 +1,9 @@
-"""Merge the task's gradient with a gated transfer gradient (Lee & Song 2019, step 5).
-
-The arithmetic is `merge_gradients`, a pure function of two gradient lists; `GatedGradClip` is a
-shell around any optimizer that applies it. Norms are Euclidean.
-"""
+"""An optimizer wrapper for two losses: a shell around `merge_gradients` (step 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,12 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from graph_kd._checks import check_choice, check_positive
-from graph_kd._distributed import HoldsProcessGroup, average_over_processes
+from graph_kd._distributed import (
+    HoldsProcessGroup,
+    average_over_processes,
+    check_process_group,
+)
+from graph_kd._gate import Gate, Scope, merge_gradients
 
 __all__ = ["GatedGradClip"]
-
-Gate = Literal["norm", "sigmoid"] | Callable[[Tensor, Tensor], Tensor | float]
-Scope = Literal["parameter", "global"]
 
 SCALE_GROWTH_INTERVAL = 2000  # steps, as torch's GradScaler
 LEAST_SCALE = 2.0**-24  # the smallest number above zero in float16
@@ -58,7 +55,10 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
     `state_dict` while it is not one. Under `GradScaler` both losses are scaled alike, which changes
     neither gate; a callable sees the scaled norms.
 
-    Two copies of the gradients are held from `backward` to `zero_grad`. Step hooks registered for
+    `backward` waits for the device once, to look for infinities. Two copies of the gradients are
+    held from it to `zero_grad`; clearing ``p.grad.data`` behind autograd's back is not noticed.
+    Gradient hooks of tensors and modules run once a loss, ``register_post_accumulate_grad_hook``
+    not at all, as with any `torch.autograd.grad`. Step hooks registered for
     all optimizers at once (`register_optimizer_step_pre_hook`) fire for the wrapper and for the
     wrapped optimizer. Sparse gradients are refused.
 
@@ -66,7 +66,8 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         optimizer: Any torch optimizer; its weight decay takes no part in the norms.
         gate: "norm" scales the transfer gradient down to a norm of at most `bound` times the
             task's. "sigmoid" is 1 / (1 + exp(-τ)), τ = max(1, ‖task‖ / ‖transfer‖). A callable
-            takes the two norms (scalar tensors) and returns the factor.
+            takes the two norms (scalar tensors, the transfer's may be zero) and returns the factor;
+            one that is not finite counts as a transfer gradient that is not.
         scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
         bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate; a
             plain attribute. Dimensionless, > 0.
@@ -131,7 +132,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
                 "gate": gate,
                 "scope": scope,
                 "bound": check_positive("bound", bound),
-                "process_group": process_group,
+                "process_group": check_process_group(process_group),
                 "skipped": 0,
                 "_scale": 1.0,
             }
@@ -146,7 +147,11 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         reaches keeps None.
         """
         self._check_processes()
+        if not 0 <= self.bound < float("inf"):
+            raise ValueError(f"`bound` must be a finite number ≥ 0; got {self.bound}.")
         params = self._trained_parameters()
+        if not params:
+            raise ValueError("`optimizer` must hold a parameter that requires gradient; none does.")
         new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
         new_transfer = _gradients(
             "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
@@ -161,9 +166,10 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         merged = merge_gradients(task, transfer, self.gate, scope=self.scope, bound=self.bound)
 
         continues = any(old is not None for _, old in earlier)
-        self.skipped += not (merged.finite or (continues and self._skipping))
+        first_overflow = not merged.finite and not (continues and self._skipping)
+        self.skipped += first_overflow
         self._skipping = not merged.finite
-        self._adapt_scale()
+        self._adapt_scale(first_overflow)
         self._factors = merged.factors
         self._left = {}
         for p, gradient, *sums in zip(params, merged.gradients, task, transfer, strict=True):
@@ -261,12 +267,12 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
             return param.grad, None
         return left.task, left.transfer
 
-    def _adapt_scale(self) -> None:
+    def _adapt_scale(self, overflow: bool) -> None:
         """Halve the scale of the transfer loss after an overflow, double it after a long peace."""
-        if self._skipping:
+        if overflow:
             self._scale = max(self._scale / 2, LEAST_SCALE)
             self._steps_since_overflow = 0
-        elif self._scale < 1:
+        elif self._scale < 1 and not self._skipping:
             self._steps_since_overflow += 1
             if self._steps_since_overflow == SCALE_GROWTH_INTERVAL:
                 self._scale *= 2
@@ -304,94 +310,6 @@ class _Left(NamedTuple):
     version: int
     task: Tensor | None
     transfer: Tensor | None
-
-
-class Merged(NamedTuple):
-    """What `merge_gradients` returns."""
-
-    gradients: list[Tensor | None]
-    factors: Tensor
-    finite: bool
-
-
-def merge_gradients(
-    task: Sequence[Tensor | None],
-    transfer: Sequence[Tensor | None],
-    gate: Gate,
-    *,
-    scope: Scope,
-    bound: float,
-) -> Merged:
-    """Return task + factor · transfer as new tensors, None where both are None.
-
-    ``factors`` holds one entry for each transfer gradient that is not None, or a single one for
-    scope "global"; they are zero, and ``finite`` is False, if any transfer norm is not finite.
-    """
-    reached = [n for n, gradient in enumerate(transfer) if gradient is not None]
-    transfer_norm = gradient_norms([transfer[n] for n in reached])
-    # Scope "global" means all of the task gradient, not only where the transfer loss reaches.
-    task_norm = gradient_norms(task if scope == "global" else [task[n] for n in reached])
-    task_norm = task_norm.to(transfer_norm)
-    if scope == "global":
-        transfer_norm = torch.linalg.vector_norm(transfer_norm, keepdim=True)
-        task_norm = torch.linalg.vector_norm(task_norm, keepdim=True)
-
-    finite = bool(torch.isfinite(transfer_norm).all())
-    if finite:
-        factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
-        factor_of = dict(zip(reached, factors.expand(len(reached)), strict=True))
-    else:
-        factors, factor_of = torch.zeros_like(transfer_norm), {}
-    gradients = [
-        _blend(*pair, factor_of.get(n)) for n, pair in enumerate(zip(task, transfer, strict=True))
-    ]
-    return Merged(gradients, factors, finite)
-
-
-def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) -> Tensor | None:
-    if transfer is None or factor is None:
-        # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
-        # place by those who clip or unscale it.
-        return None if task is None else task.clone()
-    gated = (transfer.to(factor.dtype) * factor.to(transfer.device)).to(transfer.dtype)
-    return gated if task is None else task + gated
-
-
-def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound: float) -> Tensor:
-    """Return the factor of each transfer gradient from the norms of both, entry by entry."""
-    if gate == "norm":
-        limit = bound * task_norm
-        return torch.where(transfer_norm > limit, limit / transfer_norm, 1.0)
-    if gate == "sigmoid":
-        # A transfer gradient of zero may have any factor; 0 / 0 must not make it NaN.
-        return torch.sigmoid((task_norm / transfer_norm).nan_to_num(1.0).clamp_min(1.0))
-    factors = [
-        torch.as_tensor(gate(t, d)).to(task_norm)
-        for t, d in zip(task_norm, transfer_norm, strict=True)
-    ]
-    for factor in factors:
-        if factor.numel() != 1:
-            raise ValueError(
-                f"`gate` must return a single number; it returned shape {tuple(factor.shape)}."
-            )
-    return torch.cat([factor.reshape(1) for factor in factors])
-
-
-def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the Euclidean norm of each gradient, in float32 at least; zero for None.
-
-    They come on the device of the first gradient and in the highest precision of any.
-    """
-    given = [gradient for gradient in gradients if gradient is not None]
-    dtype = reduce(torch.promote_types, (g.dtype for g in given), torch.float32)
-    device = given[0].device if given else None
-    norms = [
-        torch.zeros((), dtype=dtype, device=device)
-        if gradient is None
-        else torch.linalg.vector_norm(gradient, dtype=dtype).to(device)
-        for gradient in gradients
-    ]
-    return torch.stack(norms)
 
 
 def _gradients(

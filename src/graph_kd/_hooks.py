@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,8 @@ class FeatureHooks:
     pass of the model begins. Names are those of the plain model: `DistributedDataParallel` and
     `torch.compile` wrappers are seen through. Place hooks before a compiled model's first call;
     torch ignores those that come later. An in-place operation after a sensing point (such as
-    ``ReLU(inplace=True)``) changes what was collected; name that layer instead.
+    ``ReLU(inplace=True)``) changes what was collected; name that layer instead. A copy of the model
+    (an average of weights, say) leaves the hooks of the original alone.
 
     Args:
         model: The model; its own forward must be called, it marks the beginning of a pass.
@@ -45,6 +46,10 @@ class FeatureHooks:
         plain = unwrap(model)
         if isinstance(layers, str):
             raise TypeError(f"`layers` must be a list of module names; got the string {layers!r}.")
+        if not isinstance(layers, Iterable):
+            raise TypeError(
+                f"`layers` must be a list of module names; got {type(layers).__name__}."
+            )
         self.layers = tuple(layers)
         if not self.layers:
             raise ValueError("`layers` must name at least one layer; got none.")
@@ -55,9 +60,10 @@ class FeatureHooks:
             if self.layers.count(name) > 1:
                 raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
         self._outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
-        self._handles = [plain.register_forward_pre_hook(self._begin)]
+        self._handles = [plain.register_forward_pre_hook(_Begin(plain, self._outputs))]
         self._handles += [
-            modules[name].register_forward_hook(self._keeper(name)) for name in self.layers
+            modules[name].register_forward_hook(_Keep(modules[name], self._outputs[name]))
+            for name in self.layers
         ]
 
     @property
@@ -106,15 +112,40 @@ class FeatureHooks:
     def __repr__(self) -> str:
         return f"FeatureHooks(layers={list(self.layers)})"
 
-    def _begin(self, _module: nn.Module, _inputs: Any) -> None:
-        for name in self.layers:
-            self._outputs[name] = []
 
-    def _keeper(self, name: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._outputs[name].append(output)
+class _Hook:
+    """A hook on one module. A copy of the model keeps it, as the same object, and it stays idle."""
 
-        return keep
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+
+class _Begin(_Hook):
+    """Forget the outputs of the pass before."""
+
+    def __init__(self, module: nn.Module, outputs: dict[str, list[Any]]) -> None:
+        super().__init__(module)
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        if module is self.module:
+            for kept in self.outputs.values():
+                kept.clear()
+
+
+class _Keep(_Hook):
+    """Keep the output of a layer."""
+
+    def __init__(self, module: nn.Module, kept: list[Any]) -> None:
+        super().__init__(module)
+        self.kept = kept
+
+    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module is self.module:
+            self.kept.append(output)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -30,18 +30,19 @@ class SVDFeature(nn.Module):
     that is twice the true one (positions ≥ channels), points elsewhere (positions < channels) or is
     missing (nearly square). Here value and gradient are exact:
 
-    - Sign: the mean over positions has a non-negative inner product with every vector.
+    - Sign: the mean over positions has a non-negative inner product with every vector; where that
+      product is zero, rounding decides.
     - Gradient: the derivative of the returned vectors, wherever their singular values are isolated.
       It depends on the gaps between a returned value and the others alone, so dead channels or
-      repeated values among the rest do no harm. Two values that one rounding of the input could
-      exchange count as repeated: the rotation between their vectors is undefined and gets zero
-      gradient. A vector of singular value zero is an arbitrary unit vector orthogonal to the
-      others; an all-zero map gives such vectors and zero gradient, and so does a map whose largest
-      entry is below the square root of the smallest normal number (1e-19 in float32). The gradient
-      can not be differentiated again.
+      repeated values among the rest do no harm. Two values that rounding the input could exchange
+      count as repeated: the rotation between their vectors is undefined and gets zero gradient. A
+      vector of singular value zero is an arbitrary unit vector orthogonal to the others; an
+      all-zero map gives such vectors and zero gradient, and so does a map whose largest entry is
+      below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
     - Cost: one Gram matrix of the shorter side and its eigenvectors, in float64, because a Gram
-      matrix squares the range of the singular values. Half precision comes in as it is, under
-      autocast too, and float32 goes out.
+      matrix squares the range of the singular values: a vector's error is some 1e-16 (σ_1/σ)²
+      over its relative gap, and below σ_1 · 1e-7 nothing is resolved. Half precision comes in as it
+      is, under autocast too, and float32 goes out. Looking for NaN waits for the device.
 
     Args:
         k: Singular vectors kept, largest value first. Count, 1 ≤ k ≤ min(positions, channels).
@@ -208,7 +209,6 @@ class _TopSingularVectors(torch.autograd.Function):
             mean_cosine = einsum(vectors, matrix.mean(dim=1), "b k c, b c -> b k")
             vectors = torch.where(mean_cosine < 0, -1, 1).unsqueeze(-1) * vectors
         ctx.save_for_backward(rows_bnc, values, basis, vectors)
-        ctx.eps = torch.finfo(out_dtype).eps
         result: Tensor = vectors.to(out_dtype)
         return result
 
@@ -217,7 +217,8 @@ class _TopSingularVectors(torch.autograd.Function):
         rows_bnc, values, basis, vectors = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
             matrix, scale = _normalise(rows_bnc)
-            response = _response(matrix, values, basis, vectors, grad_bkc.double(), ctx.eps)
+            eps = torch.finfo(rows_bnc.dtype).eps
+            response = _response(matrix, values, basis, vectors, grad_bkc.double(), eps)
             # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
             projected_v = einsum(matrix, vectors, "b n c, b k c -> b n k")
             projected_w = einsum(matrix, response, "b n c, b k c -> b n k")
@@ -249,6 +250,7 @@ def _normalise(rows_bnc: Tensor) -> tuple[Tensor, Tensor]:
     Neither very large nor very small maps overflow then. A null map becomes zero, its scale one.
     """
     peak = rows_bnc.abs().amax(dim=(1, 2))
+    peak = peak.to(torch.promote_types(peak.dtype, torch.float32))  # half ends where maps may lie
     null = peak < torch.finfo(peak.dtype).tiny ** 0.5
     scale = torch.where(null, 1.0, peak.double())
     matrix = rows_bnc.double() / rearrange(scale, "b -> b 1 1")
@@ -268,8 +270,9 @@ def _response(
     value_j = values.unsqueeze(-2)
     largest = values[:, :1].unsqueeze(-1)
     gap = value_i - value_j
-    # What one rounding of the input, and the rounding of the Gram matrix, can open or close.
-    noise = 4 * eps * (largest * value_i).sqrt()
+    # What rounding the input can open or close: n · c errors of eps/4 of a typical entry make a
+    # matrix of norm eps/4 (√n + √c)/√(n c) σ_1; eight times that. And the Gram matrix's rounding.
+    noise = 2 * eps * (n**0.5 + c**0.5) / (n * c) ** 0.5 * (largest * value_i).sqrt()
     noise = noise + 4 * s * torch.finfo(values.dtype).eps * largest
     isolated = gap.abs() > noise
     inverse_gap = torch.where(isolated, 1 / torch.where(isolated, gap, 1), 0)

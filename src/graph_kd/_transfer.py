@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graph_kd._checks import check_choice, check_count, check_floating
-from graph_kd._distributed import HoldsProcessGroup, gather_rows
+from graph_kd._distributed import (
+    HoldsProcessGroup,
+    check_equal_batches,
+    check_process_group,
+    gather_rows,
+)
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._svd import align_singular_vectors, channel_count, to_rows, top_singular_vectors
 
@@ -63,7 +68,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             takes its own rows against all columns, and only singular vectors travel. The mean over
             processes of the losses, and of the gradients, is that of one process holding the whole
             batch. `estimator_loss` is the whole batch's on every process. Every process must hold
-            the same number of samples.
+            the same number of samples. Copies keep the group, pickles do not: set the attribute
+            again, or the graphs are those of each process's own batch.
         block_rows: Rows of a graph that are held at a time; their logits are computed again in the
             backward pass, so that memory grows linearly in the batch. None takes whole graphs up to
             1024 × 1024 entries a head, and blocks of as many entries above. A callable ``squash``
@@ -103,7 +109,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         block_rows: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(channels, int) or len(channels) < 2:
+        if not isinstance(channels, Sequence) or len(channels) < 2:
             raise ValueError(
                 "`channels` must list the channel counts of at least two sensing points, front to "
                 f"back; got {channels!r}."
@@ -115,7 +121,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         check_choice("reduction", reduction, ("sum", "batchmean"), or_callable=False)
         self.squash = squash
         self.reduction = reduction
-        self.process_group = process_group
+        self.process_group = check_process_group(process_group)
         self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
         self.estimators = nn.ModuleList(
             MultiHeadGraphEstimator(k * front, k * back, num_heads)
@@ -125,16 +131,16 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
         """Return L_MHAN summed over pairs; it trains the estimators on the teacher."""
         teacher = self._check("teacher_features", teacher_features)
+        check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
         rows = [gather_rows(row, self.process_group) for row in self._compress_teacher(teacher)]
         losses = []
-        with torch.autocast(rows[0].device.type, enabled=False):
-            for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True):
-                kept_heads = estimator.draw_kept_heads(back)
-                if kept_heads is not None and self.process_group is not None:
-                    # Processes draw differently, but must train the same estimator.
-                    first = dist.get_global_rank(self.process_group, 0)
-                    dist.broadcast(kept_heads, src=first, group=self.process_group)
-                losses.append(estimator.loss(front, back, kept_heads=kept_heads))
+        for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True):
+            kept_heads = estimator.draw_kept_heads(back)
+            if kept_heads is not None and self.process_group is not None:
+                # Processes draw differently, but must train the same estimator.
+                first = dist.get_global_rank(self.process_group, 0)
+                dist.broadcast(kept_heads, src=first, group=self.process_group)
+            losses.append(estimator.loss(front, back, kept_heads=kept_heads))
         return torch.stack(losses).sum()
 
     def forward(
@@ -143,6 +149,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         """Return L_transfer; it trains the student."""
         student = self._check("student_features", student_features)
         teacher = self._check("teacher_features", teacher_features, batch=len(student[0]))
+        check_equal_batches(len(student[0]), student[0].device, self.process_group)
         student_rows, teacher_rows = self._compress_pair(student, teacher)
         pairs = [
             self._pair_loss(*pair)
@@ -270,6 +277,12 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         if self.squash == "scaled":
             return logits / math.sqrt(head_channels)
         squashed: Tensor = self.squash(logits)
+        if not isinstance(squashed, Tensor) or squashed.shape != logits.shape:
+            got = tuple(squashed.shape) if isinstance(squashed, Tensor) else squashed
+            raise ValueError(
+                f"`squash` must return logits of the shape it was given, {tuple(logits.shape)}; "
+                f"got {got}."
+            )
         return squashed
 
     @property
@@ -291,37 +304,40 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 f"`{name}` must hold {len(self.channels)} tensors, one for each entry of "
                 f"channels={list(self.channels)}; got {len(maps)}."
             )
-        weight = self._heads[0].f2.weight
-        for p, (features_p, channels) in enumerate(zip(maps, self.channels, strict=True)):
-            point = f"{name}[{p}]"
-            check_floating(point, features_p)
-            shape = tuple(features_p.shape)
-            if channel_count(features_p, name=point) != channels:
+        for p, features_p in enumerate(maps):
+            self._check_point(p, f"{name}[{p}]", features_p)
+            batch = len(features_p) if batch is None else batch
+            if len(features_p) != batch:
                 raise ValueError(
-                    f"`{point}` must have {channels} channels, as channels[{p}] says; "
-                    f"got {channel_count(features_p)} in shape {shape}."
-                )
-            batch = shape[0] if batch is None else batch
-            if shape[0] != batch:
-                raise ValueError(
-                    f"`{point}` must hold the same {batch} samples as the points before it; "
-                    f"got {shape[0]} in shape {shape}."
-                )
-            if batch < 2:
-                raise ValueError(
-                    f"`{point}` must hold at least 2 samples: a graph relates samples to each "
-                    f"other; got {batch}. Drop the last incomplete batch of an epoch."
-                )
-            if features_p.device != weight.device:
-                raise ValueError(
-                    f"`{point}` must be on {weight.device}, where the estimators are; "
-                    f"got {features_p.device}. Move one of them with `.to(...)`."
-                )
-            vector_dtype = torch.promote_types(features_p.dtype, torch.float32)
-            if torch.promote_types(vector_dtype, weight.dtype) != weight.dtype:
-                raise TypeError(
-                    f"`{point}` of {features_p.dtype} gives vectors of {vector_dtype}, which do "
-                    f"not fit estimators of {weight.dtype}. Convert the loss with "
-                    f"`.to({vector_dtype})`."
+                    f"`{name}[{p}]` must hold the same {batch} samples as the points before it; "
+                    f"got {len(features_p)} in shape {tuple(features_p.shape)}."
                 )
         return maps
+
+    def _check_point(self, p: int, point: str, features: Tensor) -> None:
+        weight = self._heads[0].f2.weight
+        check_floating(point, features)
+        channels = channel_count(features, name=point)
+        if channels != self.channels[p]:
+            raise ValueError(
+                f"`{point}` must have {self.channels[p]} channels, as channels[{p}] says; "
+                f"got {channels} in shape {tuple(features.shape)}."
+            )
+        processes = 1 if self.process_group is None else self.process_group.size()
+        if len(features) * processes < 2:
+            raise ValueError(
+                f"`{point}` must hold at least 2 samples: a graph relates samples to each "
+                f"other; got {len(features)}. Drop the last incomplete batch of an epoch."
+            )
+        if features.device != weight.device:
+            raise ValueError(
+                f"`{point}` must be on {weight.device}, where the estimators are; "
+                f"got {features.device}. Move one of them with `.to(...)`."
+            )
+        vector_dtype = torch.promote_types(features.dtype, torch.float32)
+        if torch.promote_types(vector_dtype, weight.dtype) != weight.dtype:
+            raise TypeError(
+                f"`{point}` of {features.dtype} gives vectors of {vector_dtype}, which do "
+                f"not fit estimators of {weight.dtype}. Convert the loss with "
+                f"`.to({vector_dtype})`."
+            )

@@ -1,0 +1,107 @@
+"""Merge two gradient lists, the transfer's gated by the task's (Lee & Song 2019, step 5).
+
+Pure functions; `GatedGradClip` is the optimizer that applies them. Norms are Euclidean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gate", "Merged", "Scope", "gate_factors", "gradient_norms", "merge_gradients"]
+
+Gate = Literal["norm", "sigmoid"] | Callable[[Tensor, Tensor], Tensor | float]
+Scope = Literal["parameter", "global"]
+
+
+class Merged(NamedTuple):
+    """What `merge_gradients` returns."""
+
+    gradients: list[Tensor | None]
+    factors: Tensor
+    finite: bool
+
+
+def merge_gradients(
+    task: Sequence[Tensor | None],
+    transfer: Sequence[Tensor | None],
+    gate: Gate,
+    *,
+    scope: Scope,
+    bound: float,
+) -> Merged:
+    """Return task + factor · transfer as new tensors, None where both are None.
+
+    ``factors`` holds one entry for each transfer gradient that is not None, or a single one for
+    scope "global"; they are zero, and ``finite`` is False, if a transfer norm or a factor is not.
+    """
+    reached = [n for n, gradient in enumerate(transfer) if gradient is not None]
+    transfer_norm = gradient_norms([transfer[n] for n in reached])
+    # Scope "global" means all of the task gradient, not only where the transfer loss reaches.
+    task_norm = gradient_norms(task if scope == "global" else [task[n] for n in reached])
+    task_norm = task_norm.to(transfer_norm)
+    if scope == "global":
+        transfer_norm = torch.linalg.vector_norm(transfer_norm, keepdim=True)
+        task_norm = torch.linalg.vector_norm(task_norm, keepdim=True)
+
+    finite, factors = bool(torch.isfinite(transfer_norm).all()), torch.zeros_like(transfer_norm)
+    if finite:
+        factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
+        finite = bool(torch.isfinite(factors).all())
+    if not finite:
+        factors = torch.zeros_like(transfer_norm)
+    factor_of = dict(zip(reached, factors.expand(len(reached)), strict=True)) if finite else {}
+    gradients = [
+        _blend(*pair, factor_of.get(n)) for n, pair in enumerate(zip(task, transfer, strict=True))
+    ]
+    return Merged(gradients, factors, finite)
+
+
+def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    if transfer is None or factor is None:
+        # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
+        # place by those who clip or unscale it.
+        return None if task is None else task.clone()
+    gated = (transfer.to(factor.dtype) * factor.to(transfer.device)).to(transfer.dtype)
+    return gated if task is None else task + gated
+
+
+def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound: float) -> Tensor:
+    """Return the factor of each transfer gradient from the norms of both, entry by entry."""
+    if gate == "norm":
+        limit = bound * task_norm
+        return torch.where(transfer_norm > limit, limit / transfer_norm, 1.0)
+    if gate == "sigmoid":
+        # A transfer gradient of zero may have any factor; 0 / 0 must not make it NaN.
+        return torch.sigmoid((task_norm / transfer_norm).nan_to_num(1.0).clamp_min(1.0))
+    factors = [
+        torch.as_tensor(gate(t, d)).to(task_norm)
+        for t, d in zip(task_norm, transfer_norm, strict=True)
+    ]
+    for factor in factors:
+        if factor.numel() != 1:
+            raise ValueError(
+                f"`gate` must return a single number; it returned shape {tuple(factor.shape)}."
+            )
+    return torch.cat([factor.reshape(1) for factor in factors])
+
+
+def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the Euclidean norm of each gradient, in float32 at least; zero for None.
+
+    They come on the device of the first gradient and in the highest precision of any.
+    """
+    given = [gradient for gradient in gradients if gradient is not None]
+    dtype = reduce(torch.promote_types, (g.dtype for g in given), torch.float32)
+    device = given[0].device if given else None
+    norms = [
+        torch.zeros((), dtype=dtype, device=device)
+        if gradient is None
+        else torch.linalg.vector_norm(gradient, dtype=dtype).to(device)
+        for gradient in gradients
+    ]
+    return torch.stack(norms)
