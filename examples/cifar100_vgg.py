@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from parts.augment import batches
-from parts.config import flag, parse, plain
+from parts.config import check_above_zero, check_at_least, flag, parse, plain
 from parts.data import load_cifar100
 from parts.engine import Engine, nesterov, step_decay
 from parts.files import load_model, save_model
@@ -65,14 +65,9 @@ class Config:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to run")
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("estimator_epochs", 0), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                flag_name = name.replace("_", "-")
-                raise ValueError(f"`--{flag_name}` must be ≥ {least}; got {getattr(self, name)}.")
-        for name in ("bound", "learning_rate"):
-            if not getattr(self, name) > 0:
-                flag_name = name.replace("_", "-")
-                raise ValueError(f"`--{flag_name}` must be > 0; got {getattr(self, name)}.")
+        check_at_least(self, epochs=1, estimator_epochs=0, batch_size=2, num_heads=1)
+        check_at_least(self, limit_per_class=1)
+        check_above_zero(self, "bound", "learning_rate", "width")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -181,7 +176,7 @@ def run(config: Config) -> dict[str, float]:
     record.phase("teacher", last_accuracy=result["teacher"])
     print(f"The teacher that teaches: {result['teacher']:.2f} %")
 
-    for method in config.method:
+    for method in dict.fromkeys(config.method):  # each once
         student = network(STUDENT, classes, config)
         if method == "student":
             train_alone("student", student, engine, config)

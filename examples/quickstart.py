@@ -40,7 +40,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
-from parts.config import flag, parse, plain
+from parts.config import check_above_zero, check_at_least, flag, parse, plain
 from parts.files import write_json
 from parts.records import environment
 from sklearn.datasets import load_digits
@@ -90,10 +90,9 @@ class Config:
     threads: int = flag(1, "CPU threads; they change rounding, and with it single runs")
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not value > 0:
-                shown = name.replace("_", "-")
-                raise ValueError(f"`--{shown}` must be > 0; got {value}.")
+        counts = {f.name: 1 for f in fields(self) if isinstance(getattr(self, f.name), int)}
+        check_at_least(self, **counts)
+        check_above_zero(self, "teacher_rate", "student_rate", "temperature", "bound")
         if self.labels > 77:
             raise ValueError(f"`--labels` must be ≤ 77; got {self.labels}.")
 

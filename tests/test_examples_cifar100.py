@@ -13,6 +13,7 @@ import cifar100_vgg
 import pytest
 import torch
 from cifar_files import binary_files, python_files, write_archive, write_folder
+from parts.engine import nesterov, step_decay
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "cifar100_vgg.py"
 SMALL = [
@@ -79,6 +80,20 @@ def test_leaves_record_lines_curves_and_checkpoints(finished):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("epochs", "exponents"),
+    [(1, [0]), (2, [0, 2]), (3, [0, 1, 3]), (10, [0, 0, 0, 1, 1, 1, 2, 2, 3, 3])],
+)
+def test_rate_falls_at_30_60_and_80_per_cent_of_the_epochs(epochs, exponents):
+    optimizer = nesterov([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = step_decay(optimizer, epochs), []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1**exponent for exponent in exponents])
+
+
 def test_checkpoints_hold_tensors_and_plain_types(finished):
     checkpoint = torch.load(finished[0] / "mhgd.pt", weights_only=True)
     assert checkpoint["about"] == {"network": "VGG7", "width": 0.05, "classes": 4}
@@ -129,8 +144,9 @@ def truncated_archive(folder):
         (["--method", "fsp"], r"--method: invalid choice: 'fsp'"),
         (["--epochs", "0"], r"`--epochs` must be ≥ 1; got 0"),
         (["--batch-size", "512"], r"`batch_size` must be ≤ 9"),
-        (["--width", "0"], r"`width` must be above 0"),
-        (["--limit-per-class", "0"], r"`limit` must be an int ≥ 1 or None; got 0"),
+        (["--width", "0"], r"`--width` must be > 0; got 0"),
+        (["--num-heads", "0"], r"`--num-heads` must be ≥ 1; got 0"),
+        (["--limit-per-class", "0"], r"`--limit-per-class` must be ≥ 1; got 0"),
         (["--bound", "-1"], r"`--bound` must be > 0; got -1"),
         (["--teacher-checkpoint", "none.pt"], r"`--teacher-checkpoint` must be a checkpoint file"),
         (["--device", "cuda:99"], r"`--device` must be"),

@@ -66,7 +66,7 @@ def test_same_seed_gives_the_same_accuracies(miniature, tmp_path):
     [
         (["--labelz", "5"], "unrecognized arguments: --labelz"),
         (["--split", "train"], "argument --split: invalid choice: 'train'"),
-        (["--seeds", "0"], "quickstart.py: `--seeds` must be > 0; got 0"),
+        (["--seeds", "0"], "quickstart.py: `--seeds` must be ≥ 1; got 0"),
         (["--labels", "78"], "quickstart.py: `--labels` must be ≤ 77; got 78"),
         (["--bound", "wide"], "argument --bound: invalid float value: 'wide'"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["flag", "parse", "plain"]
+__all__ = ["check_above_zero", "check_at_least", "flag", "parse", "plain"]
 
 C = TypeVar("C")
 
@@ -45,6 +45,22 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
         )
     values = vars(parser.parse_args(arguments))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_at_least(config: Any, **least: float) -> None:
+    """Refuse a config of which a field is given and below its least value."""
+    for name, value in least.items():
+        got = getattr(config, name)
+        if got is not None and got < value:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ {value}; got {got}.")
+
+
+def check_above_zero(config: Any, *names: str) -> None:
+    """Refuse a config of which a field is not above zero."""
+    for name in names:
+        got = getattr(config, name)
+        if not got > 0:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be > 0; got {got}.")
 
 
 def plain(config: Any) -> dict[str, Any]:

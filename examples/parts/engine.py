@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from parts.augment import Normalize, batches, random_crop_flip
@@ -26,7 +27,7 @@ def nesterov(params: list[nn.Parameter], learning_rate: float, weight_decay: flo
 
 def step_decay(optimizer: Optimizer, epochs: int) -> LRScheduler:
     """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs."""
-    return MultiStepLR(optimizer, sorted({round(epochs * part) for part in (0.3, 0.6, 0.8)}))
+    return MultiStepLR(optimizer, [max(1, round(epochs * part)) for part in (0.3, 0.6, 0.8)])
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Engine:
     seed: int
     amp: torch.dtype | None
     record: Record
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """What the training images' statistics make of pixels."""
+        return Normalize(self.train_set)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +84,6 @@ class Engine:
         With a ``model`` its test accuracy is measured after every epoch, and the last one is the
         phase's result.
         """
-        normalize = Normalize(self.train_set)
         generator = torch.Generator().manual_seed(self.seed)
         steps, seconds = len(self.train_set.images) // self.batch_size, 0.0
         best = None
@@ -90,7 +95,7 @@ class Engine:
                     model.train()
                 started, losses = time.perf_counter(), []
                 for images, labels in batches(self.train_set, self.batch_size, generator):
-                    loss = step(normalize(random_crop_flip(images, generator)), labels)
+                    loss = step(self.normalize(random_crop_flip(images, generator)), labels)
                     losses.append(loss.detach())
                     bar.update()
                 mean_loss = torch.stack(losses).mean().item()  # waits for the device
@@ -120,7 +125,7 @@ class Engine:
     def test(self, model: nn.Module) -> float:
         """Return the accuracy on the test set, per cent."""
         with self.autocast():
-            return accuracy(model, self.test_set, Normalize(self.train_set))
+            return accuracy(model, self.test_set, self.normalize)
 
 
 @torch.no_grad()
