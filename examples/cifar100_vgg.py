@@ -1,7 +1,7 @@
 """CIFAR-100, VGG16 teacher to VGG7 student, end to end: teacher, student alone, MHGD.
 
     python examples/cifar100_vgg.py --out runs/vgg
-    python examples/cifar100_vgg.py --out runs/small --width 0.25 --limit-per-class 100 --epochs 30
+    python examples/cifar100_vgg.py --out runs/small --width 0.25 --limit-per-class 100 --epochs 40 --learning-rate 0.02
 
 The first command is the authors' recipe (Lee & Song, BMVC 2019): batches of 128, reflect-pad 4,
 random crop and flip, SGD with Nesterov momentum 0.9 at 0.1, times 0.1 at 30, 60 and 80 % of 100

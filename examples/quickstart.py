@@ -1,36 +1,28 @@
-"""Distil a VGG into a smaller one with five labels a class, on scikit-learn's 8×8 digits.
+"""Distil a VGG into a smaller one with two labels a class, on scikit-learn's 8×8 digits.
 
     python examples/quickstart.py
 
-A minute, no download. Per seed: a teacher on 797 images, then students that see 50 of them (their
-distillation too) alone, with soft logits (Hinton's), and with MHGD. Start, images, shifts, steps
-and optimizer are the same for all three. Accuracy after the last step on 500 test images, in per
-cent, mean ± sd, n = 5 (seeds 1 to 5), torch 2.13, one thread, 47 s on two CPU cores that had other
-work too:
+Under a minute, no download. A teacher learns 797 images with their labels; the students know the
+labels of 20 of them, and see the other images without. Three students a seed: on the labels alone,
+with soft logits (Hinton's), and with MHGD, where both distillations take the teacher's word on all
+images of a step. Start, images, shifts, steps and optimizer are the same for the three. Accuracy
+after the last step on 500 other images, per cent, mean ± sd, n = 3 (seeds 1 to 3), torch 2.13.0, one
+thread of an AMD EPYC, 36 s:
 
-    teacher 98.2 ± 0.5   alone 88.8 ± 3.3   soft logits 93.5 ± 1.3   MHGD 88.3 ± 1.0
+    teacher 98.5 ± 0.3   alone 75.5 ± 6.1   soft logits 98.0 ± 0.5   MHGD 92.7 ± 2.1
 
-Claim: here soft logits help and MHGD does not; it pulls the student's graphs towards the teacher's
-(graphs.png) and nothing more. The test images were looked at twice: ``--threads 2`` came first,
-took 77 s, and gave 98.2 ± 0.9, 88.8 ± 3.3, 93.2 ± 1.6 and 89.1 ± 0.9: rounding moves single runs.
+So the graphs alone, which name no class, bring the student most of the way; soft logits, which do,
+bring it all the way: on a task that the teacher solves they are the better choice. ``graphs.png``
+shows that MHGD does what it says: the student's graphs become the teacher's.
 
-Settings were chosen on other seeds (100 to 103) and images (``--split dev``), where MHGD gained:
-alone 87.6 ± 2.4, MHGD 89.7 ± 0.7, n = 4. That gain did not hold on the test split. What the search
-found, n = 3 or 4, 200 steps and 5 labels a class unless said (it ran in a program of its own, with
-teacher batches of 64 for 50 here):
+The settings were chosen on other seeds and other images, which any line here repeats with
+``--split dev --first-seed 100`` and the flags named (n = 3):
 
-- Soft logits, weight/temperature: 1/4 91.6, 4/4 93.2, 4/8 93.2, 8/4 92.2, 8/8 92.8.
-- MHGD: scaled, bound 1 88.2, 3 89.7, 6 89.5; plain logits, bound 1 89.0; tanh, bound 1 85.8.
-- Soft logits (4/8) and MHGD (bound 1) together, 92.4: worse than soft logits.
-- Student rate 0.1, 300 steps: alone 88.2, soft logits 92.9 (4/4) and 93.6 (4/8), MHGD 90.0;
-  bound 10 falling to 0 90.1; heads trained on all 797 images 89.3; tanh, bound 3 83.3.
-- Rate 0.03, 300 steps: alone 87.2, soft logits (4/4) 93.3, MHGD 90.6, the best of it.
-- Shifts of two pixels, rate 0.1, 300 steps: alone 83.1, soft logits (4/4) 89.0, MHGD 88.0, the
-  nearest it came.
-- A pre-activation WRN, rate 0.1: alone 88.3, soft logits (1/4) 90.5, MHGD, bound (3) 84.5,
-  (10) 80.7.
-- Two labels a class, the other training images unlabelled for every distillation: alone 74.5,
-  soft logits (1/4, not tuned) 97.5, MHGD, bound (3) 87.8, (10) 91.9.
+- alone 74.2; soft logits 98.3, with ``--soft-weight 1 --temperature 4`` 97.9;
+- MHGD, ``--bound 3`` 90.7, 10 (the default) 92.9, 30 92.8; ``--squash none`` 92.0;
+- ``--squash tanh``, the authors' program, 51.5: below the student alone. Most logits saturate.
+- With five labels a class and no other images (another program, test images of this split seen
+  once), MHGD gave nothing: alone 88.8 ± 3.3, soft logits 93.5 ± 1.3, MHGD 88.3 ± 1.0, n = 5.
 """
 
 from __future__ import annotations
