@@ -1,12 +1,15 @@
-"""CIFAR-100, VGG16 teacher to VGG7 student, end to end: teacher, student alone, MHGD.
+r"""CIFAR-100, VGG16 teacher to VGG7 student, end to end: teacher, student alone, MHGD.
 
     python examples/cifar100_vgg.py --out runs/vgg
-    python examples/cifar100_vgg.py --out runs/small --width 0.25 --limit-per-class 100 --epochs 40 --learning-rate 0.02
+    python examples/cifar100_vgg.py --out runs/small --width 0.25 --limit-per-class 100 \
+        --learning-rate 0.02 --epochs 40
 
-The first command is the authors' recipe (Lee & Song, BMVC 2019): batches of 128, reflect-pad 4,
-random crop and flip, SGD with Nesterov momentum 0.9 at 0.1, times 0.1 at 30, 60 and 80 % of 100
-epochs, weight decay 5e-4; 40 epochs of the estimators alone before the student learns. The second
-one runs on two CPU cores. Without ``--data-dir`` CIFAR-100 is downloaded once.
+The defaults are the schedule, optimizer and augmentation of the authors' program (Lee & Song, BMVC
+2019), which they published for a ResNet: batches of 128, reflect-pad 4, random crop and flip, SGD
+with Nesterov momentum 0.9 at 0.1, times 0.1 at 30, 60 and 80 % of 100 epochs, weight decay 5e-4; 40
+epochs of the estimators alone before the student learns. The logits are the poster's (the program
+takes ``--squash tanh``). The second command runs on two CPU cores. Without ``--data-dir`` CIFAR-100
+is downloaded once.
 
 What a run leaves in ``--out``: ``epochs.jsonl`` (a line an epoch), ``record.json`` (settings,
 versions, commit, all accuracies, seconds), ``curves.png`` and the networks' checkpoints. The result

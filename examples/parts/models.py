@@ -27,8 +27,8 @@ class VGG(nn.Module):
     """VGG with five stages: VGG16 for ``convs=(2, 2, 3, 3, 3)``, VGG7 for ``(1, 1, 1, 1, 1)``.
 
     Each stage is 3×3 convolutions, and 2×2 max pooling but for the fourth; the fifth is followed by
-    two hidden layers and the classifier. Batch norm stands between convolution and ReLU; it is ours:
-    the slides show none.
+    two hidden layers and the classifier. Batch norm stands between convolution and ReLU; it is
+    ours: the slides show none.
 
     Args:
         convs: Convolutions of each stage.
