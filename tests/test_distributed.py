@@ -1,5 +1,8 @@
 """Several processes give what one process gives on the concatenated batch (gloo, CPU)."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,16 +99,6 @@ def unequal_batches(group):
     return None
 
 
-def sharded_refusal():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    try:
-        GatedGradClip(torch.optim.SGD(model.parameters(), lr=0.1))
-    except TypeError as error:
-        return str(error)
-    return None
-
-
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
@@ -115,8 +108,7 @@ def work(rank, world, folder):
         for form in FORMS
         for reduction in ("sum", "batchmean")
     }
-    refusals = {"no group": refusal(), "sharded": sharded_refusal()}
-    refusals["unequal"] = unequal_batches(dist.group.WORLD)
+    refusals = {"no group": refusal(), "unequal": unequal_batches(dist.group.WORLD)}
     torch.save({"results": results, "refusals": refusals}, f"{folder}/{world}.{rank}.pt")
     dist.destroy_process_group()
 
@@ -151,6 +143,35 @@ def test_unequal_batches_are_refused(processes):
         assert "must hold the same number of samples; their" in rank["refusals"]["unequal"]
 
 
-def test_sharded_parameters_are_refused(processes):
-    for rank in processes:
-        assert "must hold plain parameters; number 0 is a DTensor" in rank["refusals"]["sharded"]
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_group_of_one_process_is_no_group(group_of_one, form, reduction):
+    torch.testing.assert_close(
+        train(form, reduction, group_of_one), train(form, reduction, None), rtol=0, atol=1e-12
+    )
+
+
+def test_copies_keep_the_group_and_pickles_do_not(group_of_one):
+    loss = GraphTransferLoss(CHANNELS, process_group=group_of_one)
+    optimizer = GatedGradClip(
+        torch.optim.SGD(loss.parameters(), lr=0.1), process_group=group_of_one
+    )
+    for thing in (loss, optimizer):
+        assert copy.copy(thing).process_group is group_of_one
+        assert copy.deepcopy(thing).process_group is group_of_one
+        assert pickle.loads(pickle.dumps(thing)).process_group is None
+
+
+def test_a_sharded_parameter_is_refused_before_the_first_step(group_of_one):
+    mesh = init_device_mesh("cpu", (group_of_one.size(),))
+    model = nn.Linear(4, 2)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(TypeError, match=r"must hold plain parameters; number 0 is a DTensor"):
+        GatedGradClip(torch.optim.SGD(model.parameters(), lr=0.1))
