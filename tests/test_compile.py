@@ -82,6 +82,10 @@ class Distillation(nn.Module):
         return self.loss(self.hooks.features, teacher)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."),
+    reason="torch 2.4's compiler fails inside on a model whose hooks fill a list",
+)
 def test_hooks_and_loss_fit_into_one_graph():
     step = Distillation()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

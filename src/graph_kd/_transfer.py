@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ __all__ = ["GraphTransferLoss"]
 
 BLOCK_ENTRIES = 1024 * 1024  # of a graph, a head
 
+P = TypeVar("P")
 Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
 
 
@@ -125,7 +125,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
         self.estimators = nn.ModuleList(
             MultiHeadGraphEstimator(k * front, k * back, num_heads)
-            for front, back in pairwise(self.channels)
+            for front, back in _neighbours(self.channels)
         )
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
         rows = [gather_rows(row, self.process_group) for row in self._compress_teacher(teacher)]
         losses = []
-        for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True):
+        for estimator, (front, back) in zip(self._heads, _neighbours(rows), strict=True):
             kept_heads = estimator.draw_kept_heads(back)
             if kept_heads is not None and self.process_group is not None:
                 # Processes draw differently, but must train the same estimator.
@@ -154,7 +154,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         pairs = [
             self._pair_loss(*pair)
             for pair in zip(
-                self._heads, pairwise(student_rows), pairwise(teacher_rows), strict=True
+                self._heads, _neighbours(student_rows), _neighbours(teacher_rows), strict=True
             )
         ]
         # Over processes the mean is taken later: it must give the sum over all rows.
@@ -182,7 +182,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         with torch.autocast(rows[0].device.type, enabled=False):
             return [
                 self._log_graph(*self._embeddings(estimator, front, back)).exp()
-                for estimator, (front, back) in zip(self._heads, pairwise(rows), strict=True)
+                for estimator, (front, back) in zip(self._heads, _neighbours(rows), strict=True)
             ]
 
     def extra_repr(self) -> str:
@@ -341,3 +341,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 f"not fit estimators of {weight.dtype}. Convert the loss with "
                 f"`.to({vector_dtype})`."
             )
+
+
+def _neighbours(points: Sequence[P]) -> list[tuple[P, P]]:
+    """Pair each sensing point with the next."""
+    return list(zip(points[:-1], points[1:], strict=True))  # noqa: RUF007 # torch 2.4 can not compile itertools.pairwise
