@@ -103,7 +103,8 @@ def average_over_processes(
     dist.all_reduce(reached, group=group)
     averaged: list[Tensor | None] = [None] * len(params)
     places = [n for n, count in enumerate(reached.tolist()) if count]
-    for kind in {(params[n].dtype, params[n].device) for n in places}:
+    # In the order of the parameters: that of a set differs between processes, and messages must not.
+    for kind in dict.fromkeys((params[n].dtype, params[n].device) for n in places):
         same = [n for n in places if (params[n].dtype, params[n].device) == kind]
         dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
         flat, shapes = pack(dense, "*")  # one message a kind
