@@ -103,7 +103,7 @@ def average_over_processes(
     dist.all_reduce(reached, group=group)
     averaged: list[Tensor | None] = [None] * len(params)
     places = [n for n, count in enumerate(reached.tolist()) if count]
-    # In the order of the parameters: that of a set differs between processes, and messages must not.
+    # In the order of the parameters: a set has another one in each process, messages must not.
     for kind in dict.fromkeys((params[n].dtype, params[n].device) for n in places):
         same = [n for n in places if (params[n].dtype, params[n].device) == kind]
         dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
