@@ -15,7 +15,10 @@ ALLOWED = {
     "_checks": set(),
     "_distributed": set(),  # what travels between processes serves the loss and the optimizer
     "_gate": set(),
-    "_svd": {"_checks"},
+    "_eigen": set(),
+    "_svd_exact": set(),
+    "_svd_fast": {"_eigen", "_svd_exact"},
+    "_svd": {"_checks", "_svd_exact", "_svd_fast"},
     "_estimator": {"_checks"},
     "_grad_clip": {"_checks", "_distributed", "_gate"},
     "_hooks": {"_checks"},

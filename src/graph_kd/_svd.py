@@ -13,6 +13,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from graph_kd._checks import check_count, check_floating
+from graph_kd._svd_exact import Decomposition, decompose, gradient_of_vectors
+from graph_kd._svd_fast import check_finite, top_vectors, top_vectors_gradient
 
 __all__ = ["SVDFeature", "align_singular_vectors"]
 
@@ -173,65 +175,61 @@ def top_singular_vectors(rows_bnc: Tensor, k: int, *, name: str = "features") ->
         raise ValueError(
             f"`k` must be at most min(positions, channels) = {min(n, c)} for `{name}`; got {k}."
         )
+    if rows_bnc.dtype != torch.float64:
+        fast: Tensor = _FastVectors.apply(rows_bnc, k, name)  # type: ignore[no-untyped-call] # torch's own method has no types
+        return fast
     # The check waits for the device; a compiled graph can not branch on data and goes without it.
     if not torch.compiler.is_compiling():
-        finite = torch.isfinite(rows_bnc.detach()).all(dim=2).all(dim=1)
-        if not bool(finite.all()):
-            samples = torch.nonzero(~finite).flatten().tolist()
-            raise ValueError(
-                f"`{name}` must be finite; got NaN or infinity in {len(samples)} of "
-                f"{len(finite)} samples (the first is {samples[0]}). Look for the layer or the "
-                f"step that diverged, or lower the learning rate."
-            )
-    vectors: Tensor = _TopSingularVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return vectors
+        check_finite(rows_bnc.detach(), name)
+    exact: Tensor = _ExactVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
+    return exact
 
 
-class _TopSingularVectors(torch.autograd.Function):
-    """Eigenvectors of the Gram matrix of the shorter side, and their first-order perturbation."""
+class _FastVectors(torch.autograd.Function):
+    """Subspace iteration and its derivative, for float32 and below."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_bnc: Tensor, k: int, name: str) -> Tensor:
+        vectors: Tensor
+        vectors, *rest = top_vectors(rows_bnc, k, name)
+        ctx.save_for_backward(rows_bnc, vectors, *rest)
+        return vectors
+
+    @staticmethod
+    def backward(ctx: Any, grad_bkc: Tensor) -> tuple[Tensor, None, None]:
+        rows_bnc, *rest = ctx.saved_tensors
+        with torch.no_grad():
+            grad_rows = top_vectors_gradient(rows_bnc, *rest, grad_bkc)
+        return _once(grad_rows, rows_bnc), None, None
+
+
+class _ExactVectors(torch.autograd.Function):
+    """A whole eigendecomposition and its first-order perturbation, for float64."""
 
     @staticmethod
     def forward(ctx: Any, rows_bnc: Tensor, k: int) -> Tensor:
-        out_dtype = torch.float64 if rows_bnc.dtype == torch.float64 else torch.float32
         with torch.autocast(rows_bnc.device.type, enabled=False):
-            matrix, _ = _normalise(rows_bnc)
-            _, n, c = matrix.shape
-            gram = matrix.mT @ matrix if n >= c else matrix @ matrix.mT
-            values, basis = torch.linalg.eigh(gram)
-            values, basis = values.flip(-1).clamp_min(0), basis.flip(-1)  # largest first
-            if n >= c:
-                columns = basis[..., :k]
-            else:
-                # Columns σ_i v_i are orthogonal already; QR gives them unit length and completes
-                # those of singular value zero.
-                columns, _ = torch.linalg.qr(matrix.mT @ basis[..., :k])
-            vectors = rearrange(columns, "b c k -> b k c")
-            mean_cosine = einsum(vectors, matrix.mean(dim=1), "b k c, b c -> b k")
-            vectors = torch.where(mean_cosine < 0, -1, 1).unsqueeze(-1) * vectors
-        ctx.save_for_backward(rows_bnc, values, basis, vectors)
-        result: Tensor = vectors.to(out_dtype)
-        return result
+            found = decompose(rows_bnc, k)
+        ctx.save_for_backward(rows_bnc, *found)
+        return found.vectors
 
     @staticmethod
     def backward(ctx: Any, grad_bkc: Tensor) -> tuple[Tensor, None]:
-        rows_bnc, values, basis, vectors = ctx.saved_tensors
+        rows_bnc, *found = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
-            matrix, scale = _normalise(rows_bnc)
-            eps = torch.finfo(rows_bnc.dtype).eps
-            response = _response(matrix, values, basis, vectors, grad_bkc.double(), eps)
-            # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
-            projected_v = einsum(matrix, vectors, "b n c, b k c -> b n k")
-            projected_w = einsum(matrix, response, "b n c, b k c -> b n k")
-            grad_rows = projected_w @ vectors + projected_v @ response
-            grad_rows = (grad_rows / rearrange(scale, "b -> b 1 1")).to(rows_bnc.dtype)
-        if torch.is_grad_enabled():  # create_graph=True
-            grad_rows = _RefuseSecondDerivative.apply(grad_rows, rows_bnc)  # type: ignore[no-untyped-call] # torch's own method has no types
-        return grad_rows, None
+            grad_rows = gradient_of_vectors(rows_bnc, Decomposition(*found), grad_bkc)
+        return _once(grad_rows, rows_bnc), None
+
+
+def _once(gradient: Tensor, rows_bnc: Tensor) -> Tensor:
+    """Tie a gradient to what it depends on, so that it is not taken for a constant."""
+    if not torch.is_grad_enabled():  # but for create_graph=True
+        return gradient
+    tied: Tensor = _RefuseSecondDerivative.apply(gradient, rows_bnc)  # type: ignore[no-untyped-call] # torch's own method has no types
+    return tied
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Tie a gradient to what it depends on, so that it is not taken for a constant."""
-
     @staticmethod
     def forward(_ctx: Any, gradient: Tensor, _rows: Tensor) -> Tensor:
         return gradient.view_as(gradient)
@@ -242,51 +240,3 @@ class _RefuseSecondDerivative(torch.autograd.Function):
             "The gradient of SVDFeature can not be differentiated again; leave the transfer loss "
             "out of what is differentiated twice."
         )
-
-
-def _normalise(rows_bnc: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each map to a largest entry of one, in float64; return it and the scale.
-
-    Neither very large nor very small maps overflow then. A null map becomes zero, its scale one.
-    """
-    peak = rows_bnc.abs().amax(dim=(1, 2))
-    peak = peak.to(torch.promote_types(peak.dtype, torch.float32))  # half ends where maps may lie
-    null = peak < torch.finfo(peak.dtype).tiny ** 0.5
-    scale = torch.where(null, 1.0, peak.double())
-    matrix = rows_bnc.double() / rearrange(scale, "b -> b 1 1")
-    return torch.where(rearrange(null, "b -> b 1 1"), 0.0, matrix), scale
-
-
-def _response(
-    matrix: Tensor, values: Tensor, basis: Tensor, vectors: Tensor, grad: Tensor, eps: float
-) -> Tensor:
-    """Return w_i = Σ_{j≠i} v_j (v_j · g_i) / (λ_i - λ_j) over all right singular vectors j.
-
-    ``values`` are the eigenvalues λ of the Gram matrix, ``basis`` its eigenvectors.
-    """
-    _, n, c = matrix.shape
-    k, s = vectors.shape[1], values.shape[1]
-    value_i = values[:, :k].unsqueeze(-1)
-    value_j = values.unsqueeze(-2)
-    largest = values[:, :1].unsqueeze(-1)
-    gap = value_i - value_j
-    # What rounding the input can open or close: n · c errors of eps/4 of a typical entry make a
-    # matrix of norm eps/4 (√n + √c)/√(n c) σ_1; eight times that. And the Gram matrix's rounding.
-    noise = 2 * eps * (n**0.5 + c**0.5) / (n * c) ** 0.5 * (largest * value_i).sqrt()
-    noise = noise + 4 * s * torch.finfo(values.dtype).eps * largest
-    isolated = gap.abs() > noise
-    inverse_gap = torch.where(isolated, 1 / torch.where(isolated, gap, 1), 0)
-    if n >= c:
-        return ((grad @ basis) * inverse_gap) @ basis.mT
-    # Wide maps: the eigenvectors known are those of M Mᵀ, on the left. From
-    #   (λ_i - MᵀM)⁻¹ = (1 + Mᵀ (λ_i - M Mᵀ)⁻¹ M) / λ_i
-    # the sum above is reached without the small v_j = Mᵀ u_j / σ_j and without the null space.
-    # A repeated partner j is taken out of g_i by the coefficient -1/λ_j.
-    itself = torch.eye(k, s, dtype=torch.bool, device=values.device)
-    repeated = ~isolated & ~itself & (value_i > noise)
-    inverse_gap = torch.where(repeated, -1 / torch.where(repeated, value_j, 1), inverse_gap)
-    inner = (einsum(grad, matrix, "b k c, b n c -> b k n") @ basis) * inverse_gap @ basis.mT
-    along = einsum(grad, vectors, "b k c, b k c -> b k").unsqueeze(-1)
-    response = grad - along * vectors + inner @ matrix
-    positive = value_i > noise
-    return torch.where(positive, response / torch.where(positive, value_i, 1), 0)

@@ -1,0 +1,112 @@
+"""Top right singular vectors and their derivative from a whole eigendecomposition, in float64.
+
+For float64 maps, and for the few others on which the subspace iteration of `graph_kd._svd_fast`
+gives up: close or repeated singular values, steep spectra, very large and very small maps.
+
+Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector, ``s`` eigenvector of the
+Gram matrix of the shorter side, min(n, c) of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+__all__ = ["Decomposition", "decompose", "gradient_of_vectors"]
+
+
+class Decomposition(NamedTuple):
+    """Hold the top right singular vectors and all eigenpairs they came from, in float64.
+
+    Shape:
+        - vectors: ``b k c``
+        - values: ``b s``, eigenvalues of the Gram matrix of the normalised map, largest first
+        - basis: ``b s s``, eigenvectors in columns
+    """
+
+    vectors: Tensor
+    values: Tensor
+    basis: Tensor
+
+
+def decompose(rows_bnc: Tensor, k: int) -> Decomposition:
+    """Return the top-k right singular vectors, signs fixed, and the eigenpairs behind them."""
+    matrix, _ = _normalise(rows_bnc)
+    _, n, c = matrix.shape
+    gram = matrix.mT @ matrix if n >= c else matrix @ matrix.mT
+    values, basis = torch.linalg.eigh(gram)
+    values, basis = values.flip(-1).clamp_min(0), basis.flip(-1)  # largest first
+    if n >= c:
+        columns = basis[..., :k]
+    else:
+        # Columns σ_i v_i are orthogonal already; QR gives them unit length and completes those of
+        # singular value zero.
+        columns, _ = torch.linalg.qr(matrix.mT @ basis[..., :k])
+    vectors = rearrange(columns, "b c k -> b k c")
+    mean_cosine = einsum(vectors, matrix.mean(dim=1), "b k c, b c -> b k")
+    vectors = torch.where(mean_cosine < 0, -1, 1).unsqueeze(-1) * vectors
+    return Decomposition(vectors, values, basis)
+
+
+def gradient_of_vectors(rows_bnc: Tensor, found: Decomposition, grad_bkc: Tensor) -> Tensor:
+    """Pull the gradient of the vectors back to the maps, ``b n c`` in their dtype."""
+    vectors, values, basis = found
+    matrix, scale = _normalise(rows_bnc)
+    eps = torch.finfo(rows_bnc.dtype).eps
+    response = _response(matrix, values, basis, vectors, grad_bkc.double(), eps)
+    # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
+    projected_v = einsum(matrix, vectors, "b n c, b k c -> b n k")
+    projected_w = einsum(matrix, response, "b n c, b k c -> b n k")
+    grad_rows = projected_w @ vectors + projected_v @ response
+    return (grad_rows / rearrange(scale, "b -> b 1 1")).to(rows_bnc.dtype)
+
+
+def _normalise(rows_bnc: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each map to a largest entry of one, in float64; return it and the scale.
+
+    Neither very large nor very small maps overflow then. A null map becomes zero, its scale one.
+    """
+    peak = rows_bnc.abs().amax(dim=(1, 2))
+    peak = peak.to(torch.promote_types(peak.dtype, torch.float32))  # half ends where maps may lie
+    null = peak < torch.finfo(peak.dtype).tiny ** 0.5
+    scale = torch.where(null, 1.0, peak.double())
+    matrix = rows_bnc.double() / rearrange(scale, "b -> b 1 1")
+    return torch.where(rearrange(null, "b -> b 1 1"), 0.0, matrix), scale
+
+
+def _response(
+    matrix: Tensor, values: Tensor, basis: Tensor, vectors: Tensor, grad: Tensor, eps: float
+) -> Tensor:
+    """Return w_i = Σ_{j≠i} v_j (v_j · g_i) / (λ_i - λ_j) over all right singular vectors j.
+
+    ``values`` are the eigenvalues λ of the Gram matrix, ``basis`` its eigenvectors.
+    """
+    _, n, c = matrix.shape
+    k, s = vectors.shape[1], values.shape[1]
+    value_i = values[:, :k].unsqueeze(-1)
+    value_j = values.unsqueeze(-2)
+    largest = values[:, :1].unsqueeze(-1)
+    gap = value_i - value_j
+    # What rounding the input can open or close: n · c errors of eps/4 of a typical entry make a
+    # matrix of norm eps/4 (√n + √c)/√(n c) σ_1; eight times that. And the Gram matrix's rounding.
+    noise = 2 * eps * (n**0.5 + c**0.5) / (n * c) ** 0.5 * (largest * value_i).sqrt()
+    noise = noise + 4 * s * torch.finfo(values.dtype).eps * largest
+    isolated = gap.abs() > noise
+    inverse_gap = torch.where(isolated, 1 / torch.where(isolated, gap, 1), 0)
+    if n >= c:
+        return ((grad @ basis) * inverse_gap) @ basis.mT
+    # Wide maps: the eigenvectors known are those of M Mᵀ, on the left. From
+    #   (λ_i - MᵀM)⁻¹ = (1 + Mᵀ (λ_i - M Mᵀ)⁻¹ M) / λ_i
+    # the sum above is reached without the small v_j = Mᵀ u_j / σ_j and without the null space.
+    # A repeated partner j is taken out of g_i by the coefficient -1/λ_j.
+    itself = torch.eye(k, s, dtype=torch.bool, device=values.device)
+    repeated = ~isolated & ~itself & (value_i > noise)
+    inverse_gap = torch.where(repeated, -1 / torch.where(repeated, value_j, 1), inverse_gap)
+    inner = (einsum(grad, matrix, "b k c, b n c -> b k n") @ basis) * inverse_gap @ basis.mT
+    along = einsum(grad, vectors, "b k c, b k c -> b k").unsqueeze(-1)
+    response = grad - along * vectors + inner @ matrix
+    positive = value_i > noise
+    return torch.where(positive, response / torch.where(positive, value_i, 1), 0)

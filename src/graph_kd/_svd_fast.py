@@ -1,0 +1,167 @@
+"""Top right singular vectors and their derivative by subspace iteration, in float32.
+
+Samples on which that would not be accurate are told apart and go to `graph_kd._svd_exact`. What is
+done depends on the content of the maps (how many rounds, which samples go where), so that each of
+the two functions here is one opaque operation to `torch.compile`.
+
+Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector, ``s`` row of the Gram
+matrix of the shorter side, min(n, c) of them, ``p`` vector of the subspace, k and a few more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from graph_kd._eigen import leading_pairs, solve_shifted, subspace_size
+from graph_kd._svd_exact import decompose, gradient_of_vectors
+
+__all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
+
+CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative wants float64
+SMALLEST, LARGEST = 1e-20, 1e20  # of a Gram matrix's diagonal, far from where float32 ends
+
+
+@torch.library.custom_op(
+    "graph_kd::top_vectors",
+    mutates_args=(),
+    schema="(Tensor rows_bnc, int k, str name) "
+    "-> (Tensor vectors, Tensor images, Tensor gram, Tensor values, Tensor subspace, Tensor hard)",
+)
+def top_vectors(
+    rows_bnc: Tensor, k: int, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the top-k right singular vectors, and what their derivative needs.
+
+    Shape:
+        - rows_bnc: ``b n c``, float32 or half precision
+        - vectors: ``b k c``, signs fixed
+        - images: ``b k n``, M v
+        - gram: ``b s s``
+        - values: ``b p``, its leading eigenvalues
+        - subspace: ``b p s``, their vectors, the first k accurate
+        - hard: ``b``, whether the sample took the exact way
+    """
+    with _plain_float32(rows_bnc):
+        matrix = rows_bnc.float()
+        _, n, c = matrix.shape
+        gram = matrix.mT @ matrix if n >= c else matrix @ matrix.mT
+        peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+        hard = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is hard too
+        if bool(hard.any()):
+            check_finite(rows_bnc, name)
+            aside = rearrange(hard, "b -> b 1 1")
+            matrix = torch.where(aside, torch.eye(n, c).to(matrix), matrix)
+            gram = torch.where(aside, torch.eye(min(n, c)).to(gram), gram)
+        values, subspace, images, found = leading_pairs(matrix.mT if n >= c else matrix, gram, k)
+        if n >= c:
+            vectors = subspace[:, :k]
+        else:  # the images are Mᵀu = σv, orthogonal but for rounding; and Mv is σu
+            vectors = torch.nn.functional.normalize(images, dim=-1)
+            overlap = (vectors @ vectors.mT).tril(-1)
+            vectors = torch.nn.functional.normalize(vectors - overlap @ vectors, dim=-1)
+            images = subspace[:, :k] * rearrange(values[:, :k].sqrt(), "b k -> b k 1")
+        sign = torch.where(images.sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
+        vectors, images = sign * vectors, sign * images
+
+        following = torch.nn.functional.pad(values, (0, 1))[:, 1 : k + 1]
+        close = values[:, :k] - following <= CLOSE * values[:, :k]
+        hard |= ~found | close.any(dim=-1)
+        if bool(hard.any()):
+            vectors[hard] = decompose(rows_bnc[hard], k).vectors.float()
+    return vectors, images, gram, values, subspace, hard
+
+
+@torch.library.custom_op(
+    "graph_kd::top_vectors_gradient",
+    mutates_args=(),
+    schema="(Tensor rows_bnc, Tensor vectors, Tensor images, Tensor gram, Tensor values, "
+    "Tensor subspace, Tensor hard, Tensor grad) -> Tensor",
+)
+def top_vectors_gradient(
+    rows_bnc: Tensor,
+    vectors: Tensor,
+    images: Tensor,
+    gram: Tensor,
+    values: Tensor,
+    subspace: Tensor,
+    hard: Tensor,
+    grad: Tensor,
+) -> Tensor:
+    """Pull the gradient ``b k c`` of the vectors back to the maps, ``b n c`` in their dtype."""
+    with _plain_float32(rows_bnc):
+        matrix, grad = rows_bnc.float(), grad.float()
+        _, n, c = matrix.shape
+        k = vectors.shape[1]
+        value = rearrange(values[:, :k], "b k -> b k 1")
+        right = grad if n >= c else grad @ matrix.mT
+        response, solved = solve_shifted(gram, values, subspace, right)
+        # The other returned vectors, left out by the solver.
+        gap = value - rearrange(values[:, :k], "b k -> b 1 k")
+        known = subspace[:, :k]
+        response += ((right @ known.mT) * torch.where(gap == 0, 0, 1 / gap)) @ known
+        if n < c:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ
+            along = (grad * vectors).sum(dim=-1, keepdim=True)
+            response = (grad - along * vectors + response @ matrix) / value
+        # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
+        left = torch.cat([response @ matrix.mT, images], dim=1)
+        outer = torch.cat([vectors, response], dim=1)
+        # Laid out as the map is.
+        grad_rows = left.mT @ outer if rows_bnc.stride(-1) == 1 else (outer.mT @ left).mT
+        grad_rows = grad_rows.to(rows_bnc.dtype)
+        hard = hard | ~solved
+        if bool(hard.any()):
+            exact = decompose(rows_bnc[hard], k)
+            grad_rows[hard] = gradient_of_vectors(rows_bnc[hard], exact, grad[hard])
+    return grad_rows
+
+
+@top_vectors.register_fake
+def _(rows_bnc: Tensor, k: int, _name: str) -> tuple[Tensor, ...]:
+    b, n, c = rows_bnc.shape
+    size, kept = min(n, c), subspace_size(k, min(n, c))
+    shapes = ((b, k, c), (b, k, n), (b, size, size), (b, kept), (b, kept, size))
+    floats = [rows_bnc.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return *floats, rows_bnc.new_empty(b, dtype=torch.bool)
+
+
+@top_vectors_gradient.register_fake
+def _(rows_bnc: Tensor, *_saved: Tensor) -> Tensor:
+    return torch.empty_like(rows_bnc)
+
+
+def check_finite(rows_bnc: Tensor, name: str) -> None:
+    """Refuse NaN and infinity; waits for the device."""
+    finite = torch.isfinite(rows_bnc).all(dim=2).all(dim=1)
+    if not bool(finite.all()):
+        samples = torch.nonzero(~finite).flatten().tolist()
+        raise ValueError(
+            f"`{name}` must be finite; got NaN or infinity in {len(samples)} of "
+            f"{len(finite)} samples (the first is {samples[0]}). Look for the layer or the "
+            f"step that diverged, or lower the learning rate."
+        )
+
+
+@contextmanager
+def _plain_float32(rows_bnc: Tensor) -> Iterator[None]:
+    """Multiply in whole float32, whatever the user lets other layers do: no autocast, no TF32."""
+    with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
+        backend = torch.backends.cuda if rows_bnc.is_cuda else torch.backends.mkldnn
+        if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):
+            before = backend.matmul.fp32_precision
+            backend.matmul.fp32_precision = "ieee"
+            try:
+                yield
+            finally:
+                backend.matmul.fp32_precision = before
+        else:  # before torch 2.9
+            old = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(old)

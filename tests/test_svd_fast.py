@@ -1,0 +1,221 @@
+"""The subspace iteration: as good as float64 where vectors are isolated, and never worse unsaid."""
+
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import as_map, matrix_of, seeds
+
+from graph_kd import SVDFeature, _eigen, _svd_fast
+from graph_kd._eigen import leading_pairs, solve_shifted
+from graph_kd._svd_fast import top_vectors
+
+# Sensing points of the paper's networks: h, w, c.
+POINTS = [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (32, 32, 64), (8, 8, 256)]
+SPECTRA = {
+    "slow": lambda size: 1.015 ** -torch.arange(size, dtype=torch.float64),
+    "fast": lambda size: 0.4 ** torch.arange(size, dtype=torch.float64).clamp(max=8),
+    "one dominates": lambda size: torch.cat(
+        [torch.tensor([10.0]).double(), 1.02 ** -torch.arange(size - 1, dtype=torch.float64)]
+    ),
+}
+points = pytest.mark.parametrize("point", POINTS, ids=str)
+
+
+def relu_noise(point, batch=4, seed=0):
+    h, w, c = point
+    return torch.randn(batch, c, h, w, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+def with_spectrum(point, kind, seed=0):
+    h, w, c = point
+    values = SPECTRA[kind](min(h * w, c))
+    return as_map(matrix_of(values.tolist(), h * w, c, seed)[0], h, w).float()
+
+
+def singular_values(features):
+    return torch.linalg.svdvals(rearrange(features, "b c h w -> b (h w) c").double())
+
+
+def isolated(features, k, gap=0.01):
+    """Tell which of the top k singular values stand off their neighbours by a relative gap."""
+    values = torch.nn.functional.pad(singular_values(features), (0, 1))
+    own, after = values[:, :k], values[:, 1 : k + 1]
+    before = torch.cat([torch.full_like(own[:, :1], torch.inf), own[:, :-1]], dim=1)
+    return (own - after >= gap * own) & (before - own >= gap * own)
+
+
+def check_against_float64(features, k):
+    features = features.requires_grad_()
+    truth = features.detach().double().requires_grad_()
+    vectors, wanted = SVDFeature(k)(features), SVDFeature(k)(truth)
+    good = isolated(features.detach(), k)
+    cosine = (vectors.double() * wanted).sum(dim=-1).abs()
+    assert (1 - cosine)[good].max() <= 1e-6
+    target = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+    for i in range(k):
+        (got,) = torch.autograd.grad(
+            (vectors[:, i] * target[:, i]).sum(), features, retain_graph=True
+        )
+        (true,) = torch.autograd.grad((wanted[:, i] * target[:, i]).sum(), truth, retain_graph=True)
+        difference = (got - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+        assert (difference[good[:, i]] <= 1e-3).all()
+
+
+@points
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("kind", ["relu", *SPECTRA])
+def test_isolated_vectors_and_their_gradients_are_those_of_float64(point, k, kind):
+    check_against_float64(relu_noise(point) if kind == "relu" else with_spectrum(point, kind), k)
+
+
+@settings(max_examples=20)
+@given(
+    seed=seeds,
+    h=st.integers(3, 8),
+    w=st.integers(3, 8),
+    c=st.integers(17, 40),
+    k=st.integers(1, 5),
+)
+def test_any_shape_is_as_good(seed, h, w, c, k):
+    check_against_float64(relu_noise((h, w, c), seed=seed), k)
+
+
+@points
+@pytest.mark.parametrize("kind", ["relu", *SPECTRA])
+def test_rows_are_orthonormal_to_float32(point, kind):
+    features = relu_noise(point) if kind == "relu" else with_spectrum(point, kind)
+    vectors = SVDFeature(4)(features)
+    torch.testing.assert_close(
+        vectors @ vectors.mT, torch.eye(4).expand(len(vectors), 4, 4), rtol=0, atol=2e-6
+    )
+
+
+@points
+def test_close_values_leave_vectors_within_their_common_subspace(point):
+    h, w, c = point
+    size = min(h * w, c)
+    values = [3.0, 2.0, 2.0 * (1 - 1e-6), 2.0 * (1 - 2e-6), *[0.5] * (size - 4)][:size]
+    matrix, right = matrix_of(values, h * w, c)
+    features = as_map(matrix, h, w).float().requires_grad_()
+    vectors = SVDFeature(2)(features)
+    inside = (vectors.double() @ right[:, :4].mT).square().sum(dim=-1)
+    assert (1 - inside).abs().max() <= 1e-6
+    vectors.sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_a_common_map_takes_the_fast_way_and_a_steep_one_the_exact():
+    assert not top_vectors(rearrange(relu_noise((16, 16, 64)), "b c h w -> b (h w) c"), 4, "")[
+        -1
+    ].any()
+    steep, _ = matrix_of([1.0, 1e-2, 1e-4, 1e-6], 64, 32)
+    assert top_vectors(steep.float(), 4, "")[-1].all()
+
+
+@pytest.mark.parametrize("setting", ["ROUNDS", "DEGREE"])
+@pytest.mark.parametrize("kind", ["relu", "slow"])
+def test_what_did_not_converge_is_not_returned(monkeypatch, setting, kind):
+    monkeypatch.setattr(_eigen, setting, 1)
+    point = (8, 8, 128)
+    features = relu_noise(point) if kind == "relu" else with_spectrum(point, kind)
+    rows = rearrange(features, "b c h w -> b (h w) c")
+    if setting == "ROUNDS":
+        assert top_vectors(rows, 4, "")[-1].any()
+    check_against_float64(features, 4)
+
+
+def test_a_gradient_that_was_not_solved_is_not_returned(monkeypatch):
+    monkeypatch.setattr(_eigen, "ITERATIONS", 1)
+    check_against_float64(with_spectrum((8, 8, 128), "slow"), 4)
+
+
+@given(seed=seeds, count=st.integers(1, 4))
+def test_shifted_systems_equal_a_dense_solution(seed, count):
+    matrix = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(seed))
+    gram = matrix @ matrix.mT
+    pairs = leading_pairs(matrix, gram, count)
+    right = torch.randn(3, count, 24, generator=torch.Generator().manual_seed(seed + 1))
+    got, solved = solve_shifted(gram, pairs.values, pairs.vectors, right)
+    values, basis = torch.linalg.eigh(gram.double())
+    values, basis = values.flip(-1), basis.flip(-1)
+    shifted = values[:, :count, None] - values[:, None, count:]
+    rest = basis[..., count:]
+    wanted = (right.double() @ rest / shifted) @ rest.mT
+    close = (shifted.amin(dim=(1, 2)) > 1e-2 * values[:, 0]) & solved
+    error = (got - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert (error[close] < 2e-3).all()
+
+
+def test_one_bad_sample_does_not_disturb_the_others():
+    features = relu_noise((8, 8, 24), batch=6)
+    wanted = SVDFeature(4)(features)
+    features[2] = 0
+    features[4] *= 1e-16
+    others = [0, 1, 3, 5]
+    # How often the others are filtered may change with it; what that leaves is the tolerance.
+    torch.testing.assert_close(
+        SVDFeature(4)(features)[others], wanted[others], rtol=0, atol=2 * _eigen.TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("point", [(8, 8, 24), (4, 5, 40)])
+def test_gradient_is_laid_out_as_the_map(memory_format, point):
+    features = relu_noise(point).to(memory_format=memory_format).requires_grad_()
+    SVDFeature(2)(features).sum().backward()
+    assert features.grad.is_contiguous(memory_format=memory_format)
+
+
+def precision():
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision
+    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[  # before torch 2.9
+        torch.get_float32_matmul_precision()
+    ]
+
+
+def test_float32_products_are_whole_whatever_the_user_allows_other_layers(monkeypatch):
+    seen = []
+    inner = _svd_fast.leading_pairs
+
+    def spy(*arguments):
+        seen.append(precision())
+        return inner(*arguments)
+
+    monkeypatch.setattr(_svd_fast, "leading_pairs", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        SVDFeature(1)(relu_noise((4, 5, 24)))
+        assert precision() == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee"]
+
+
+# torch.compile itself makes a Function object to trace one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("point", [(8, 8, 24), (4, 5, 40)])
+def test_compiles_to_one_graph_whatever_the_content_needs(point):
+    torch._dynamo.reset()
+    compiled = torch.compile(SVDFeature(4), fullgraph=True, backend="aot_eager")
+    noise = relu_noise(point)
+    slow = with_spectrum(point, "slow").expand(4, -1, -1, -1).contiguous()
+    maps = [noise, slow, torch.zeros_like(noise)]
+    target = torch.randn(4, 4, point[2], generator=torch.Generator().manual_seed(0))
+
+    def run(module, features):
+        features = features.clone().requires_grad_()
+        vectors = module(features)
+        (gradient,) = torch.autograd.grad((vectors * target).sum(), features)
+        return vectors.detach(), gradient
+
+    run(compiled, maps[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for features in maps:
+            torch.testing.assert_close(run(compiled, features), run(SVDFeature(4), features))
+        with pytest.raises(ValueError, match="`features` must be finite"):
+            compiled(torch.full_like(maps[0], torch.nan).requires_grad_())
