@@ -21,12 +21,13 @@ from torch import Tensor
 __all__ = ["LeadingPairs", "leading_pairs", "solve_shifted", "subspace_size"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
-DIRECT = 16  # a Gram matrix up to this size is decomposed whole: that is faster
+DIRECT = 16  # a Gram matrix up to this size is decomposed whole: that is as fast
 TOLERANCE = 4e-4  # angle left between a wanted vector and the leading subspace, radian
 MARGIN = 10.0  # by which a filter aims below the tolerance
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
 ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
+LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 ITERATIONS = 48  # of the conjugate gradients at most
 RESIDUAL = 1e-4  # of the conjugate gradients, relative
@@ -64,32 +65,32 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
     size = gram.shape[-1]
     kept = subspace_size(count, size)
     if size <= max(DIRECT, kept):
-        values, basis = _eigenpairs(_gram_in_float64(matrix))
+        # The largest value is as accurate in float32, smaller ones are not.
+        values, basis = _eigenpairs(gram if count == 1 else _gram_in_float64(matrix))
         vectors = basis[:, :kept]
         found = values[:, count - 1] > TOLERANCE**2 * values[:, 0]
         return LeadingPairs(values[:, :kept], vectors, vectors[:, :count] @ matrix, found)
 
     block = repeat(_start(kept, size).to(gram), "p s -> b p s", b=len(gram))
     block = _orthonormal(block @ gram @ gram)
-    under_gram = block @ gram
-    values, rotation = _eigenpairs((under_gram @ block.mT).double())
-    vectors, under_gram = rotation @ block, rotation @ under_gram
-    pairs, under_gram, worth_more = _refine(matrix, gram, count, values, vectors, under_gram)
+    if count == 1:  # mostly stands out so far that two more powers find it
+        block = block @ gram @ gram
+    else:
+        values, rotation = _eigenpairs((block @ gram @ block.mT).double())
+        vectors = rotation @ block
+        angle, _ = _angles(values, vectors, gram, count)
+        block = _filter(gram, values, vectors, angle)
+    pairs, angle, worth_more = _rayleigh_ritz(matrix, gram, block, count)
     for _ in range(ROUNDS - 1):
         if not bool(worth_more.any()):
             break
         # The few samples that lag go on alone.
         lagging = worth_more.nonzero()[:, 0]
-        again, under_gram[lagging], worth_more[lagging] = _refine(
-            matrix[lagging],
-            gram[lagging],
-            count,
-            pairs.values[lagging],
-            pairs.vectors[lagging],
-            under_gram[lagging],
-        )
-        for whole, part in zip(pairs, again, strict=True):
-            whole[lagging] = part
+        part, part_gram = matrix[lagging], gram[lagging]
+        block = _filter(part_gram, pairs.values[lagging], pairs.vectors[lagging], angle[lagging])
+        again, angle[lagging], worth_more[lagging] = _rayleigh_ritz(part, part_gram, block, count)
+        for whole, mended in zip(pairs, again, strict=True):
+            whole[lagging] = mended
     return pairs
 
 
@@ -162,7 +163,8 @@ def _gram_in_float64(rows: Tensor) -> Tensor:
 
 def _orthonormal(rows: Tensor) -> Tensor:
     """Orthonormalise ``b p s`` by a Cholesky factor of their Gram matrix."""
-    wide = torch.nn.functional.normalize(rows.double(), dim=-1, eps=1e-300)
+    wide = rows.double()
+    wide = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-300)
     gram = wide @ wide.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)  # of dependent rows a factor exists too
     factor, _ = torch.linalg.cholesky_ex(gram)
@@ -177,38 +179,33 @@ def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0).float(), vectors.float()
 
 
-def _refine(
-    matrix: Tensor,
-    gram: Tensor,
-    count: int,
-    values: Tensor,
-    vectors: Tensor,
-    under_gram: Tensor,
+def _rayleigh_ritz(
+    matrix: Tensor, gram: Tensor, block: Tensor, count: int
 ) -> tuple[LeadingPairs, Tensor, Tensor]:
-    """Turn a subspace towards the leading one; also return G u, and whether more would help."""
-    angle, _ = _angles(values, vectors, under_gram, count)
-    block = _orthonormal(_filter(gram, values, vectors, under_gram, angle))
-    # On the matrix itself small values are as accurate as those of a whole decomposition.
-    images = block @ matrix
-    values, rotation = _eigenpairs(_gram_in_float64(images))
-    vectors, images = rotation @ block, rotation[:, :count] @ images
-    under_gram = vectors @ gram
-    angle, noise = _angles(values, vectors, under_gram, count)
+    """Return the pairs of a subspace, their angles, and whether a filter would improve them."""
+    block = _orthonormal(block)
+    if count == 1:  # the Gram matrix is as accurate for the largest value
+        values, rotation = _eigenpairs((block @ gram @ block.mT).double())
+        vectors = rotation @ block
+        images = vectors[:, :1] @ matrix
+    else:  # on the matrix itself small values are as accurate as in a whole decomposition
+        images = block @ matrix
+        values, rotation = _eigenpairs(_gram_in_float64(images))
+        vectors, images = rotation @ block, rotation[:, :count] @ images
+    angle, noise = _angles(values, vectors, gram, count)
     found = (torch.maximum(angle, noise) <= TOLERANCE).all(dim=1)
     worth_more = ~found & (noise <= TOLERANCE).all(dim=1)
-    return LeadingPairs(values, vectors, images, found), under_gram, worth_more
+    return LeadingPairs(values, vectors, images, found), angle, worth_more
 
 
-def _angles(
-    values: Tensor, vectors: Tensor, under_gram: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def _angles(values: Tensor, vectors: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Bound the angles between wanted vectors and the leading subspace, ``b i``.
 
     By the residual over the gap to what lies outside the subspace; and the same of rounding errors.
     """
-    residual = torch.linalg.vector_norm(
-        under_gram[:, :count] - values[:, :count, None] * vectors[:, :count], dim=-1
-    )
+    wanted = vectors[:, :count]
+    value = rearrange(values[:, :count], "b i -> b i 1")
+    residual = torch.linalg.vector_norm(wanted @ gram - value * wanted, dim=-1)
     noise = ROUNDING * values[:, :1]
     gap = values[:, :count] - _edge(values)
     gap = torch.where(gap > 0, gap, 0)
@@ -220,36 +217,30 @@ def _edge(values: Tensor) -> Tensor:
     return torch.maximum(values[:, -1:], 16 * ROUNDING * values[:, :1])
 
 
-def _filter(
-    gram: Tensor, values: Tensor, vectors: Tensor, under_gram: Tensor, angle: Tensor
-) -> Tensor:
+def _filter(gram: Tensor, values: Tensor, vectors: Tensor, angle: Tensor) -> Tensor:
     """Amplify in the subspace what lies above its edge by a Chebyshev polynomial of ``gram``.
 
     T_m(2 G/edge - 1) is at most one below the edge and grows like ρ^m above, ρ = x + √(x² - 1).
-    Each row is divided by the growth at its own value, which keeps it of order one. Vectors of far
-    larger values would grow in it out of rounding errors, and are projected out.
+    Vectors of far larger values would grow in a row out of rounding errors, and are projected out.
     """
     edge = _edge(values)
     point = (2 * values / edge - 1).clamp_min(1)
     growth = torch.log(point + (point.square() - 1).sqrt()).clamp_min(1e-3)
     needed = torch.log((angle * MARGIN / TOLERANCE).clamp_min(1)) / growth[:, : angle.shape[1]]
-    most = needed.amax(dim=1).quantile(0.9)
-    degree = math.ceil(min(max(1.0, float(most)), DEGREE))
+    degree = min(float(needed.max()), float(LOG_RANGE / growth.max()), DEGREE)
+    degree = max(1, math.ceil(degree))
     dominates = rearrange(values, "b q -> b 1 q") > DOMINATES * rearrange(values, "b p -> b p 1")
     some_dominate, dominates = bool(dominates.any()), dominates.to(gram.dtype)
 
-    def project(rows: Tensor) -> Tensor:
-        if not some_dominate:
-            return rows
-        return torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
-
-    point, slope = rearrange(point, "b p -> b p 1"), rearrange(2 / edge, "b 1 -> b 1 1")
-    damping = 1 / point
-    before, rows = vectors, project((slope * under_gram - vectors) * damping)
-    for _ in range(degree - 1):
-        # T_m+1 = 2 x T_m - T_m-1, of which each was divided by its value at the row's own point.
-        previous, damping = damping, 1 / (2 * point - damping)
-        rest = torch.addcmul(previous * damping * before, 2 * damping, rows)
-        following = torch.baddbmm(rest, rows * (2 * slope * damping), gram, beta=-1)
-        before, rows = rows, project(following)
+    slope = rearrange(2 / edge, "b 1 -> b 1 1")
+    # Half of the growth to come is taken off, so that neither end leaves the range of float32.
+    before = vectors * torch.exp(growth * (-degree / 2)).unsqueeze(-1)
+    rows = torch.baddbmm(before, before * slope, gram, beta=-1)
+    slope = 2 * slope
+    for m in range(1, degree + 1):
+        if some_dominate and (m % 2 == 0 or m == degree):
+            rows = torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
+        if m < degree:  # T_m+1 = 2 x T_m - T_m-1
+            rest = torch.add(before, rows, alpha=2)
+            rows, before = torch.baddbmm(rest, rows * slope, gram, beta=-1), rows
     return rows
