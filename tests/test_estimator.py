@@ -47,6 +47,13 @@ def test_logits_and_estimate_equal_the_loops(training, seed, num_heads, head_cha
     torch.testing.assert_close(estimator(front, back, kept_heads=kept), estimate)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_process_may_ask_for_the_frozen_logits_of_one_row(training):
+    estimator, (front, back) = make().train(training), vectors()
+    row = frozen_logits(estimator, front, back[2:3])
+    torch.testing.assert_close(row, frozen_logits(estimator, front, back)[:, 2:3])
+
+
 @given(seed=seeds)
 def test_frozen_logits_are_those_of_inference_whatever_train_says(seed):
     estimator, (front, back) = make(seed), vectors(seed)

@@ -92,7 +92,7 @@ class MultiHeadGraphEstimator(nn.Module):
 
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the attention logits S before any softmax, ``m i j``."""
-        self._check_rows(front, back)
+        self._check_rows(front, back, training=self.training)
         with _full_precision(front):
             theta, phi = self._by_head(self.theta(back)), self._by_head(self.phi(front))
             logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
@@ -105,7 +105,7 @@ class MultiHeadGraphEstimator(nn.Module):
         used and stay as they are, whatever `train` says; gradient flows to the two inputs, and none
         to the parameters.
         """
-        self._check_rows(front, back)
+        self._check_rows(front, back, training=False)
         with _full_precision(front):
             theta, phi = _inference(self.theta, back), _inference(self.phi, front)
         return self._by_head(theta), self._by_head(phi)
@@ -149,7 +149,7 @@ class MultiHeadGraphEstimator(nn.Module):
         by_head: Tensor = rearrange(embedding, "n (m d) -> m n d", m=self.num_heads)
         return by_head
 
-    def _check_rows(self, front: Tensor, back: Tensor) -> None:
+    def _check_rows(self, front: Tensor, back: Tensor, *, training: bool) -> None:
         for name, rows, channels in (
             ("front", front, self.front_channels),
             ("back", back, self.back_channels),
@@ -164,7 +164,7 @@ class MultiHeadGraphEstimator(nn.Module):
                     f"`{name}` must be {self.f2.weight.dtype} on {self.f2.weight.device}, as the "
                     f"parameters are; got {rows.dtype} on {rows.device}. Convert it with `.to()`."
                 )
-        fewest = min(len(front), len(back)) if self.training else len(front)
+        fewest = min(len(front), len(back)) if training else len(front)
         if fewest < 2:
             raise ValueError(
                 "`front` and `back` must hold at least 2 samples: a graph relates samples to each "
