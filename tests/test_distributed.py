@@ -17,11 +17,13 @@ except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import fully_shard
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
+from graph_kd._distributed import average_over_processes
 
 POINTS = ["1", "3", "5"]
 CHANNELS = [4, 5, 6]
 BATCH = 8
 STEPS = 10
+PRECISIONS = [torch.float32, torch.float64, torch.float16] * 2
 FORMS = ["plain", "ddp", "accumulated"]
 
 
@@ -99,6 +101,14 @@ def unequal_batches(group):
     return None
 
 
+def mixed_gradients(rank):
+    """Return gradients of three types; only process 1 has the first one, none has the last."""
+    gradients = [
+        torch.full((n + 1,), 2.0**n * (rank + 1), dtype=dtype) for n, dtype in enumerate(PRECISIONS)
+    ]
+    return [gradients[0] if rank == 1 else None, *gradients[1:-1], None]
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
@@ -109,7 +119,10 @@ def work(rank, world, folder):
         for reduction in ("sum", "batchmean")
     }
     refusals = {"no group": refusal(), "unequal": unequal_batches(dist.group.WORLD)}
-    torch.save({"results": results, "refusals": refusals}, f"{folder}/{world}.{rank}.pt")
+    params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
+    mixed = average_over_processes(mixed_gradients(rank), params, dist.group.WORLD)
+    got = {"results": results, "refusals": refusals, "mixed": mixed}
+    torch.save(got, f"{folder}/{world}.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -141,6 +154,16 @@ def test_several_processes_without_a_group_are_refused(processes):
 def test_unequal_batches_are_refused(processes):
     for rank in processes:
         assert "must hold the same number of samples; their" in rank["refusals"]["unequal"]
+
+
+def test_gradients_of_mixed_precision_are_averaged_each_in_its_own(processes):
+    whole = [mixed_gradients(rank) for rank in range(len(processes))]
+    for process in processes:
+        for got, *parts in zip(process["mixed"], *whole, strict=True):
+            given = [part for part in parts if part is not None]
+            assert (got is None) == (not given)
+            if given:
+                torch.testing.assert_close(got, sum(given) / len(processes), rtol=0, atol=0)
 
 
 @pytest.fixture
