@@ -3,13 +3,15 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, end to end: teacher, student alone
     python examples/cifar100_vgg.py --out runs/vgg
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --limit-per-class 100 \
         --learning-rate 0.02 --epochs 40
+    torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/vgg
 
 The defaults are the schedule, optimizer and augmentation of the authors' program (Lee & Song, BMVC
 2019), which they published for a ResNet: batches of 128, reflect-pad 4, random crop and flip, SGD
 with Nesterov momentum 0.9 at 0.1, times 0.1 at 30, 60 and 80 % of 100 epochs, weight decay 5e-4; 40
 epochs of the estimators alone before the student learns. The logits are the poster's (the program
-takes ``--squash tanh``). The second command runs on two CPU cores. Without ``--data-dir`` CIFAR-100
-is downloaded once.
+takes ``--squash tanh``). The second command runs on two CPU cores. The third shares every batch
+among two processes, on the CPU or a GPU each, and gives the record of one. Without ``--data-dir``
+CIFAR-100 is downloaded once.
 
 What a run leaves in ``--out``: ``epochs.jsonl`` (a line an epoch), ``record.json`` (settings,
 versions, commit, all accuracies, seconds), ``curves.png`` and the networks' checkpoints. The result
@@ -27,8 +29,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from parts.augment import batches
+from parts.batch_norm import synchronise_batch_norm
 from parts.config import check_above_zero, check_at_least, flag, parse, plain
 from parts.data import load_cifar100
+from parts.distributed import (
+    all_processes,
+    average_gradients,
+    check_divisible,
+    end_all,
+    first_on_each_machine,
+    processes,
+)
 from parts.engine import Engine, nesterov, step_decay
 from parts.files import load_model, save_model
 from parts.models import VGG
@@ -55,7 +66,7 @@ class Config:
     seed: int = flag(0, "seed of weights, order and augmentation")
     epochs: int = flag(100, "epochs of the teacher and of each student")
     estimator_epochs: int = flag(40, "epochs of the estimators alone")
-    batch_size: int = flag(128, "images a step")
+    batch_size: int = flag(128, "images a step, of all processes")
     learning_rate: float = flag(0.1, "first learning rate")
     width: float = flag(1.0, "factor on every channel count")
     limit_per_class: int | None = flag(None, "train on the first N images of each class")
@@ -77,12 +88,13 @@ class Config:
             raise ValueError(
                 f"`--device` must be one of this machine; got {self.device}."
             ) from error
+        check_divisible(self.batch_size, self.device)
 
 
 def network(convs: tuple[int, int, int, int, int], classes: int, config: Config) -> VGG:
     """Return a fresh network; the same seed gives every student the same first weights."""
     torch.manual_seed(config.seed)
-    return VGG(convs, classes, config.width).to(config.device)
+    return synchronise_batch_norm(VGG(convs, classes, config.width).to(config.device))
 
 
 def train_alone(phase: str, model: VGG, engine: Engine, config: Config) -> None:
@@ -95,6 +107,7 @@ def train_alone(phase: str, model: VGG, engine: Engine, config: Config) -> None:
             task = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         scaler.scale(task).backward()  # type: ignore[no-untyped-call] # torch's own has no types
+        average_gradients(model.parameters())
         scaler.step(optimizer)
         scaler.update()
         return task
@@ -106,7 +119,10 @@ def train_alone(phase: str, model: VGG, engine: Engine, config: Config) -> None:
 def train_mhgd(student: VGG, teacher: VGG, engine: Engine, config: Config) -> None:
     """Train the estimators on the teacher, then the student on the task and the graphs."""
     squash = None if config.squash == "none" else config.squash
-    transfer = GraphTransferLoss(student.channels, config.num_heads, squash=squash)
+    group = all_processes()  # None for one; the graphs span the batch of all
+    transfer = GraphTransferLoss(
+        student.channels, config.num_heads, squash=squash, process_group=group
+    )
     transfer.to(config.device)
     teacher.eval().requires_grad_(requires_grad=False)
     of_teacher = FeatureHooks(teacher, SENSING_POINTS)
@@ -120,6 +136,7 @@ def train_mhgd(student: VGG, teacher: VGG, engine: Engine, config: Config) -> No
             teacher(images)
         loss = transfer.estimator_loss(of_teacher.features)
         heads.zero_grad()
+        # The loss is the whole batch's on every process, and so are its gradients.
         loss.backward()  # type: ignore[no-untyped-call] # torch's own has no types
         heads.step()
         return loss
@@ -127,7 +144,10 @@ def train_mhgd(student: VGG, teacher: VGG, engine: Engine, config: Config) -> No
     engine.run("estimator", config.estimator_epochs, estimator_step)
 
     optimizer = GatedGradClip(
-        nesterov(list(student.parameters()), config.learning_rate), config.gate, bound=config.bound
+        nesterov(list(student.parameters()), config.learning_rate),
+        config.gate,
+        bound=config.bound,
+        process_group=group,
     )
     scaler = engine.scaler()
 
@@ -161,7 +181,8 @@ def train_mhgd(student: VGG, teacher: VGG, engine: Engine, config: Config) -> No
 
 def run(config: Config) -> dict[str, float]:
     """Run every phase and return the last accuracies, per cent."""
-    train_set, test_set = (s.to(config.device) for s in load_cifar100(config.data_dir))
+    with first_on_each_machine():
+        train_set, test_set = (s.to(config.device) for s in load_cifar100(config.data_dir))
     train_set = train_set.take_per_class(config.limit_per_class)
     batches(train_set, config.batch_size, torch.Generator())  # an impossible size fails here
     classes = train_set.num_classes
@@ -193,14 +214,15 @@ def run(config: Config) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line."""
-    try:
-        config = parse(Config, __doc__)
-        result = run(config)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    for name, accuracy in result.items():
-        print(f"{name:8} {accuracy:6.2f} %  (test accuracy, last epoch)")
-    print(f"Record, curves and checkpoints: {config.out}")
+    with processes():
+        try:
+            config = parse(Config, __doc__)
+            result = run(config)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            end_all(f"{Path(sys.argv[0]).name}: {error}")
+        for name, accuracy in result.items():
+            print(f"{name:8} {accuracy:6.2f} %  (test accuracy, last epoch)")
+        print(f"Record, curves and checkpoints: {config.out}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from parts.distributed import fails_first
 
 __all__ = ["check_above_zero", "check_at_least", "flag", "parse", "plain"]
 
@@ -25,9 +28,7 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
     A field ``tuple[T, ...]`` takes several values, ``T | None`` may be left out, and a `Literal`
     one of its values.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type] # any dataclass will do
         hint, default = hints[field.name], field.default
@@ -69,6 +70,14 @@ def plain(config: Any) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(config).items()
     }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End the program; among several processes one of them says why."""
+        if not fails_first():
+            sys.exit(2)
+        super().error(message)
 
 
 def _kind(hint: Any) -> Any:

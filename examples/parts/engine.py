@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from parts.augment import Normalize, batches, random_crop_flip
 from parts.data import ImageSet
+from parts.distributed import is_main, mean_over_processes, share_of, sum_over_processes
 from parts.records import Record
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -37,7 +38,7 @@ class Engine:
     Args:
         train_set: Images to train on, on the device.
         test_set: Images to measure on, on the device.
-        batch_size: Images a step.
+        batch_size: Images a step, of all processes.
         seed: Of the order of images and of the augmentation; the same for every phase, so that
             two students see the same batches.
         amp: Type that the models' forward passes run in; None is float32 throughout.
@@ -81,13 +82,16 @@ class Engine:
     ) -> None:
         """Call ``step(images, labels)``, which returns the loss to show, for every batch.
 
+        Each process steps on its share of the batch; the mean of their losses is shown.
         With a ``model`` its test accuracy is measured after every epoch, and the last one is the
         phase's result.
         """
         generator = torch.Generator().manual_seed(self.seed)
         steps, seconds = len(self.train_set.images) // self.batch_size, 0.0
         best = None
-        with tqdm(total=epochs * steps, desc=phase, unit="step", dynamic_ncols=True) as bar:
+        with tqdm(
+            total=epochs * steps, desc=phase, unit="step", dynamic_ncols=True, disable=not is_main()
+        ) as bar:
             for epoch in range(epochs):
                 if before_epoch is not None:
                     before_epoch(epoch)
@@ -95,10 +99,12 @@ class Engine:
                     model.train()
                 started, losses = time.perf_counter(), []
                 for images, labels in batches(self.train_set, self.batch_size, generator):
-                    loss = step(self.normalize(random_crop_flip(images, generator)), labels)
+                    own = share_of(random_crop_flip(images, generator))  # drawn for all alike
+                    loss = step(self.normalize(own), share_of(labels))
                     losses.append(loss.detach())
                     bar.update()
-                mean_loss = torch.stack(losses).mean().item()  # waits for the device
+                mean = mean_over_processes(torch.stack(losses).mean())
+                mean_loss = mean.item()  # waits for the device
                 if not math.isfinite(mean_loss):
                     raise RuntimeError(
                         f"The loss of phase {phase!r} must stay finite; it was {mean_loss} in "
@@ -133,9 +139,12 @@ def accuracy(model: nn.Module, image_set: ImageSet, normalize: Normalize) -> flo
     """Return the top-1 accuracy in evaluation mode, per cent; the mode is put back."""
     training = model.training
     model.eval()
-    right = sum(
-        (model(normalize(images)).argmax(dim=1) == labels).sum()
-        for images, labels in batches(image_set, 512)
-    )
+    own = replace(image_set, images=share_of(image_set.images), labels=share_of(image_set.labels))
+    right = torch.stack(
+        [
+            (model(normalize(images)).argmax(dim=1) == labels).sum()
+            for images, labels in batches(own, 512)
+        ]
+    ).sum()
     model.train(training)
-    return round(100 * float(right) / len(image_set.labels), 2)
+    return round(100 * float(sum_over_processes(right)) / len(image_set.labels), 2)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all: JSON records and checkpoints."""
+"""Files that are whole or not there at all, and written once: JSON records and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from typing import IO, Any
 from zipfile import BadZipFile
 
 import torch
+from parts.distributed import is_main
 from torch import nn
 
 __all__ = ["load_model", "save_model", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and put it in place when it is done."""
+    """Let ``write`` fill a temporary file beside ``path`` and put it in place when it is done.
+
+    Among several processes the main one does, the others do nothing.
+    """
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:

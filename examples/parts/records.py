@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts.distributed import is_main, num_processes
 from parts.files import write_json
 
 import graph_kd
@@ -22,7 +23,8 @@ class Record:
     """Collect a run's epochs, phase by phase, in ``out``.
 
     ``epochs.jsonl`` gets a line when an epoch is done; ``record.json`` is written anew, whole, when
-    a phase ends. A folder that already holds a record is refused.
+    a phase ends. A folder that already holds a record is refused. Among several processes the main
+    one sees to all that.
 
     Args:
         out: Folder of the run.
@@ -32,26 +34,28 @@ class Record:
 
     def __init__(self, out: Path, config: dict[str, Any], device: torch.device) -> None:
         self.out = out
-        if (out / "epochs.jsonl").exists():
-            raise FileExistsError(
-                f"`--out` must be a folder without a run; {out} holds one. Choose another folder, "
-                "or move it away."
-            )
-        out.mkdir(parents=True, exist_ok=True)
+        self._lines = out / "epochs.jsonl"
+        if is_main():
+            if self._lines.exists():
+                raise FileExistsError(
+                    f"`--out` must be a folder without a run; {out} holds one. Choose another "
+                    "folder, or move it away."
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            self._lines.touch()
         self.content: dict[str, Any] = {
             "config": config,
             "environment": environment(device),
             "phases": {},
         }
         self._started = time.perf_counter()
-        self._lines = out / "epochs.jsonl"
-        self._lines.touch()
 
     def epoch(self, phase: str, values: dict[str, Any]) -> None:
         """Append one epoch to the line file and to its phase."""
         line = {"phase": phase, **values}
-        with self._lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if is_main():
+            with self._lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         self.content["phases"].setdefault(phase, {"epochs": []})["epochs"].append(values)
 
     def phase(self, phase: str, **summary: Any) -> None:
@@ -72,7 +76,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "graph_kd": graph_kd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": hardware,
+        "hardware": hardware if num_processes() == 1 else f"{num_processes()} × {hardware}",
         "commit": _commit(),
     }
 
