@@ -53,14 +53,12 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        if is_main():
+    if is_main():
+        yield
+    else:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
-        else:
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-                yield
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it may wait for the others
 
 
 def all_processes() -> dist.ProcessGroup | None:
@@ -175,6 +173,8 @@ def fails_first() -> bool:
 
 def end_all(message: str) -> NoReturn:
     """End this process, and so the others, which torchrun ends; only the first to fail says why."""
+    if all_processes() is None:
+        sys.exit(message)
     if fails_first():
-        print(message, file=sys.stderr, flush=True)  # at once: torchrun gives no time to the rest
-    sys.exit(1)
+        print(f"\n{message}", file=sys.stderr, flush=True)  # below the bar of the main process
+    os._exit(1)  # a tidy end may wait for the others, and torchrun for this one
