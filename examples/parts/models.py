@@ -1,75 +1,51 @@
-"""The networks of the poster, with a width factor; ``VGG`` for now.
-
-Sensing points are the outputs of ``stages.0`` … ``stages.4``, as in the authors' slides.
-"""
+"""The nine networks of the poster by name, as in the authors' slides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from einops.layers.torch import Rearrange
-from torch import Tensor, nn
+from parts.network import Network
+from parts.three_stages import BasicBlock, ThreeStages, WideBlock, plain_block, separable_block
+from parts.vgg import VGG
 
-__all__ = ["VGG", "scale_channels"]
+__all__ = ["NETWORKS", "TEACHERS", "VGG", "Network", "build"]
 
-STAGE_CHANNELS = (64, 128, 256, 512, 512)
-HIDDEN = 1024  # units of each fully connected layer
+# Each makes a network for a number of classes, a width and an image size.
+NETWORKS: dict[str, Callable[[int, float, int], Network]] = {
+    "VGG16": lambda *sizes: VGG((2, 2, 3, 3, 3), *sizes),
+    "VGG7": lambda *sizes: VGG((1, 1, 1, 1, 1), *sizes, hidden_layers=1),
+    "WRN-22-4": lambda *sizes: ThreeStages(WideBlock, (3, 3, 3), *sizes, pre_activation=True),
+    "WRN-10-4": lambda *sizes: ThreeStages(WideBlock, (1, 1, 1), *sizes, pre_activation=True),
+    "ResNet-small": lambda *sizes: ThreeStages(BasicBlock, (1, 1, 1), *sizes),
+    "MobileNet": lambda *sizes: ThreeStages(separable_block, (1, 2, 2), *sizes),
+    "VGG-modified": lambda *sizes: ThreeStages(plain_block, (2, 2, 2), *sizes),
+    "ResNet32": lambda *sizes: ThreeStages(BasicBlock, (5, 5, 5), *sizes, stem=32),
+    "ResNet8": lambda *sizes: ThreeStages(BasicBlock, (1, 1, 1), *sizes, stem=32),
+}
+
+# The teacher of each student.
+TEACHERS = {
+    "VGG7": "VGG16",
+    "WRN-10-4": "WRN-22-4",
+    "ResNet-small": "WRN-22-4",
+    "MobileNet": "WRN-22-4",
+    "VGG-modified": "WRN-22-4",
+    "ResNet8": "ResNet32",
+}
 
 
-def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
-    """Multiply channel counts by ``width``, to at least one."""
-    if not 0 < width <= 4:
-        raise ValueError(f"`width` must be above 0 and at most 4; got {width}.")
-    return tuple(max(1, round(count * width)) for count in channels)
-
-
-class VGG(nn.Module):
-    """VGG with five stages: VGG16 for ``convs=(2, 2, 3, 3, 3)``, VGG7 for ``(1, 1, 1, 1, 1)``.
-
-    Each stage is 3×3 convolutions, and 2×2 max pooling but for the fourth; the fifth is followed by
-    two hidden layers and the classifier. Batch norm stands between convolution and ReLU; it is
-    ours: the slides show none.
+def build(name: str, num_classes: int, width: float = 1.0, image_size: int = 32) -> Network:
+    """Return a network of `NETWORKS`.
 
     Args:
-        convs: Convolutions of each stage.
+        name: One of `NETWORKS`.
         num_classes: Classes. Count.
         width: Factor on every channel count and hidden layer.
+        image_size: Height and width of the images, 32 or 64 pixels.
 
-    Shape:
-        - images: ``b 3 32 32``
-        - returns: logits ``b classes``
+    Raises:
+        ValueError: there is no such network, or a size is out of range.
     """
-
-    def __init__(
-        self, convs: tuple[int, int, int, int, int], num_classes: int, width: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.channels = scale_channels(STAGE_CHANNELS, width)
-        (hidden,) = scale_channels([HIDDEN], width)
-        stages, incoming = [], 3
-        for stage, (count, channels) in enumerate(zip(convs, self.channels, strict=True)):
-            layers: list[nn.Module] = []
-            for _ in range(count):
-                layers += [
-                    nn.Conv2d(incoming, channels, kernel_size=3, padding=1, bias=False),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(),
-                ]
-                incoming = channels
-            if stage != 3:
-                layers.append(nn.MaxPool2d(2))
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
-        self.classifier = nn.Sequential(
-            Rearrange("b c h w -> b (c h w)"),
-            nn.Linear(incoming * 2 * 2, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, num_classes),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.classifier(self.stages(images))
-        return logits
+    if name not in NETWORKS:
+        raise ValueError(f"`name` must be one of {', '.join(NETWORKS)}; got {name!r}.")
+    return NETWORKS[name](num_classes, width, image_size)
