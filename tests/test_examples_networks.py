@@ -1,17 +1,22 @@
-"""Laws of the nine networks: shapes, sensing points, first weights and errors."""
+"""Laws of the nine networks: shapes, sensing points, costs, and the table of the examples' page."""
 
+import sys
 from functools import partial
+from pathlib import Path
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from parts.models import NETWORKS, TEACHERS, VGG, build
+from parts.multiply_adds import count_multiply_adds, count_parameters
 from parts.three_stages import BasicBlock, ThreeStages, WideBlock
 from torch import nn
 
 from graph_kd import FeatureHooks, GraphTransferLoss
 from graph_kd.testing import assert_feature_hooks
 
+README = Path(__file__).parents[1] / "examples" / "README.md"
 WIDTH = 0.125
 HEIGHTS = {  # heights at the sensing points
     ("VGG", 32): (16, 8, 4, 4, 2),
@@ -168,6 +173,74 @@ def test_the_others_begin_with_variance_two_over_fan_out(name):
         assert std == pytest.approx((2 / fan_out) ** 0.5, rel=0.25)  # 144 weights at least
 
 
+def conv(size, channels, incoming, kernel=3):
+    """Multiply-adds of a convolution that gives ``size`` × ``size`` pixels."""
+    return size * size * channels * incoming * kernel * kernel
+
+
+def residuals(stem):
+    """Multiply-adds of one residual block a stage, shortcuts included."""
+    stages = (32, stem, 64), (16, 64, 128), (8, 128, 256)
+    return sum(
+        conv(size, after, before) + conv(size, after, after) + conv(size, after, before, kernel=1)
+        for size, before, after in stages
+    )
+
+
+FIRST = conv(32, 16, 3)  # of the networks with three stages
+FURTHER = 2 * (conv(32, 64, 64) + conv(16, 128, 128) + conv(8, 256, 256))  # a block a stage
+LAST = 256 * 100
+SIZES = {
+    "VGG7": conv(32, 64, 3) + conv(16, 128, 64) + conv(8, 256, 128) + conv(4, 512, 256)
+    + conv(4, 512, 512) + 2048 * 1024 + 1024 * 100,
+    "VGG16": conv(32, 64, 3) + conv(32, 64, 64)
+    + conv(16, 128, 64) + conv(16, 128, 128)
+    + conv(8, 256, 128) + 2 * conv(8, 256, 256)
+    + conv(4, 512, 256) + 2 * conv(4, 512, 512)
+    + 3 * conv(4, 512, 512)
+    + 2048 * 1024 + 1024 * 1024 + 1024 * 100,
+    "WRN-10-4": FIRST + residuals(16) + LAST,
+    "WRN-22-4": FIRST + residuals(16) + 2 * FURTHER + LAST,
+    "ResNet-small": FIRST + residuals(16) + LAST,
+    "MobileNet": FIRST + LAST
+    + conv(32, 16, 1) + conv(32, 64, 16, kernel=1)
+    + conv(16, 64, 1) + conv(16, 128, 64, kernel=1)
+    + conv(16, 128, 1) + conv(16, 128, 128, kernel=1)
+    + conv(8, 128, 1) + conv(8, 256, 128, kernel=1)
+    + conv(8, 256, 1) + conv(8, 256, 256, kernel=1),
+    "VGG-modified": FIRST + LAST
+    + conv(32, 64, 16) + conv(32, 64, 64)
+    + conv(16, 128, 64) + conv(16, 128, 128)
+    + conv(8, 256, 128) + conv(8, 256, 256),
+    "ResNet8": conv(32, 32, 3) + residuals(32) + LAST,
+    "ResNet32": conv(32, 32, 3) + residuals(32) + 4 * FURTHER + LAST,
+}  # fmt: skip
+
+
+@every_network
+def test_multiply_adds_are_those_counted_by_hand(name):
+    with torch.device("meta"):
+        model = build(name, 100)
+    assert count_multiply_adds(model, 32) == SIZES[name]
+
+
+def test_parameters_are_those_counted_by_hand():
+    norms = 2 * (16 + 64 + 64 + 128 + 128 + 256 + 256)
+    weights = 9 * (3 * 16 + 16 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 256 * 256)
+    with torch.device("meta"):
+        model = build("VGG-modified", 100)
+    assert count_parameters(model) == weights + norms + 256 * 100 + 100
+
+
+def test_counting_leaves_the_model_as_it_is():
+    model = small("WRN-10-4")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    count_multiply_adds(model, 32)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("image_size", [32, 64])
 @pytest.mark.parametrize("name", ["VGG7", "WRN-10-4"])
 def test_rejects_images_of_another_size(name, image_size):
@@ -198,3 +271,17 @@ def test_rejects_unknown_names_and_sizes(name, change, message):
 def test_rejects_a_vgg_without_hidden_layers():
     with pytest.raises(ValueError, match="`hidden_layers` must be an int ≥ 1; got 0"):
         VGG((1, 1, 1, 1, 1), 10, hidden_layers=0)
+
+
+def test_page_shows_the_table_that_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["networks.py"])
+    networks.main()
+    printed = capsys.readouterr().out
+    assert all(f"\n| {name} |" in printed for name in NETWORKS)
+    assert f"\n\n{printed}\n" in README.read_text(encoding="utf-8")
+
+
+def test_command_refuses_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["networks.py", "--width", "9"])
+    with pytest.raises(SystemExit, match=r"^networks\.py: `width` must be above 0 .*; got 9"):
+        networks.main()
