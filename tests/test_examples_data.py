@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 import urllib.error
+from dataclasses import replace
 from email.message import Message
 from http.client import IncompleteRead
 from pathlib import Path
@@ -544,6 +545,35 @@ def test_augmentation_keeps_dtype_and_leaves_its_input_alone():
     before = images.clone()
     assert random_crop_flip(images, seeded()).dtype == torch.uint8
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_changes_nothing_and_is_kept(memory_format):
+    images = image_set().images
+    drawn = random_crop_flip(images.to(memory_format=memory_format), seeded())
+    assert drawn.is_contiguous(memory_format=memory_format)
+    assert torch.equal(drawn, random_crop_flip(images, seeded()))
+    chosen, _ = next(
+        batches(replace(image_set(), images=images.to(memory_format=memory_format)), 5)
+    )
+    assert Normalize(image_set())(chosen).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no queue to wait for")
+def test_drawing_a_batch_does_not_wait_for_the_gpu():
+    on_gpu, generator = image_set().to("cuda"), seeded()
+    normalize = Normalize(on_gpu)
+    normalized = [
+        normalize(random_crop_flip(i, generator)) for i, _ in batches(on_gpu, 5, generator)
+    ]
+    drawing = batches(on_gpu, 5, generator)  # the order is moved once, here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, _ in drawing:
+            normalized.append(normalize(random_crop_flip(images, generator)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(normalized) == 4
 
 
 def test_the_generator_alone_decides_the_augmentation():

