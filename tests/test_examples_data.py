@@ -31,7 +31,7 @@ from cifar_files import (
     write_folder,
 )
 from einops import rearrange
-from parts import data
+from parts import data, download
 from parts.augment import Normalize, batches, random_crop_flip
 from parts.data import ImageSet, load_cifar100
 
@@ -351,7 +351,7 @@ def served(tmp_path, monkeypatch):
         asked.append(url)
         return Response(content)
 
-    monkeypatch.setattr(data, "urlopen", urlopen)
+    monkeypatch.setattr(download, "urlopen", urlopen)
     monkeypatch.setattr(data, "MD5", hashlib.md5(content).hexdigest())
     return asked
 
@@ -391,7 +391,7 @@ def test_a_refused_connection_says_how_to_give_the_data(tmp_path, monkeypatch, f
         assert timeout > 0
         raise failure
 
-    monkeypatch.setattr(data, "urlopen", urlopen)
+    monkeypatch.setattr(download, "urlopen", urlopen)
     with pytest.raises(RuntimeError, match=rf"could not be downloaded .*{message}.*`--data-dir`"):
         load_cifar100(None, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -407,7 +407,7 @@ def test_a_refused_connection_says_how_to_give_the_data(tmp_path, monkeypatch, f
     ],
 )
 def test_a_broken_download_leaves_no_file(tmp_path, monkeypatch, error, message):
-    monkeypatch.setattr(data, "urlopen", lambda _, timeout: Response(b"ab" * timeout, error))
+    monkeypatch.setattr(download, "urlopen", lambda _, timeout: Response(b"ab" * timeout, error))
     with pytest.raises(RuntimeError, match=rf"could not be downloaded .*{message}.*`--data-dir`"):
         load_cifar100(None, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -415,7 +415,7 @@ def test_a_broken_download_leaves_no_file(tmp_path, monkeypatch, error, message)
 
 def test_an_interrupted_download_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        data, "urlopen", lambda _, timeout: Response(b"ab", KeyboardInterrupt(timeout))
+        download, "urlopen", lambda _, timeout: Response(b"ab", KeyboardInterrupt(timeout))
     )
     with pytest.raises(KeyboardInterrupt, match="30"):
         load_cifar100(None, cache_dir=tmp_path)

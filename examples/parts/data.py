@@ -6,30 +6,25 @@ Axis letters: ``n`` image, ``c`` channel, ``h w`` space, ``r`` byte of a record.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
-import os
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-from urllib.request import urlopen
 
 import torch
 from einops import rearrange
 from parts.cifar_pickle import CifarUnpickler, PickledArray
+from parts.download import cache_folder, download_once
+from parts.files import malformed
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 __all__ = ["ImageSet", "load_cifar100"]
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # stated at https://www.cs.toronto.edu/~kriz/cifar.html
-TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 1 << 20  # bytes
 PIXELS = 3 * 32 * 32  # bytes of one image, stored channel by channel
 RECORD = 2 + PIXELS  # bytes of one binary record: coarse label, fine label, image
@@ -97,7 +92,9 @@ def load_cifar100(
         ValueError: Where a file does not hold what its layout promises.
         RuntimeError: Where the download fails; nothing of it is kept.
     """
-    path, layout = _locate(_cached_archive(cache_dir) if data_dir is None else data_dir)
+    if data_dir is None:
+        data_dir = download_once(URL, MD5, cache_folder(cache_dir), name="CIFAR-100")
+    path, layout = _locate(data_dir)
     read = _read_archive if path.is_file() else _read_folder
     train, test, names = read(path, layout)
     if layout == PYTHON:
@@ -105,54 +102,6 @@ def load_cifar100(
         return _python_split(train, class_names), _python_split(test, class_names)
     class_names = _class_names(names, names.content.strip().splitlines())
     return _binary_split(train, class_names), _binary_split(test, class_names)
-
-
-def _malformed(source: str | Path, rule: str, got: object, fix: str = "") -> ValueError:
-    return ValueError(f"`{source}` must {rule}; got {got}.{fix and ' '}{fix}")
-
-
-def _cached_archive(cache_dir: Path | None) -> Path:
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graph-kd"
-    archive = cache_dir / f"{PYTHON}.tar.gz"
-    if not archive.exists():
-        _download(archive)
-    elif (got := _md5(archive)) != MD5:
-        fix = "Delete it to download it again, or pass other data with `--data-dir`."
-        raise _malformed(archive, f"have MD5 {MD5}", got, fix)
-    return archive
-
-
-def _download(archive: Path) -> None:
-    temporary = None
-    try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urlopen(URL, timeout=TIMEOUT) as response,
-            tempfile.NamedTemporaryFile(dir=archive.parent, suffix=".part", delete=False) as file,
-        ):
-            temporary = Path(file.name)
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=archive.name) as bar:
-                while chunk := response.read(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if (got := _md5(temporary)) != MD5:
-            raise _malformed("download", f"have MD5 {MD5}", got)
-        temporary.replace(archive)
-    except (OSError, HTTPException, ValueError) as error:
-        raise RuntimeError(
-            f"CIFAR-100 could not be downloaded from {URL} to {archive} "
-            f"({type(error).__name__}: {error}). Get {archive.name} from any mirror and pass its "
-            f"path with `--data-dir`."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _locate(path: Path) -> tuple[Path, str]:
@@ -194,15 +143,15 @@ def _read_archive(archive: Path, layout: str) -> list[_File]:
                 if name not in wanted:
                     continue
                 if not member.isreg() or (content := tar.extractfile(member)) is None:
-                    raise _malformed(f"{archive}:{name}", "be a regular file", "a link or folder")
+                    raise malformed(f"{archive}:{name}", "be a regular file", "a link or folder")
                 found[name] = _File(f"{archive}:{name}", content.read())
             while stream.read(CHUNK):  # gzip compares its checksum at the end of the stream only
                 pass
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         got = f"{type(error).__name__}: {error}"
-        raise _malformed(archive, "be a whole .tar.gz", got, "Get it again.") from error
+        raise malformed(archive, "be a whole .tar.gz", got, "Get it again.") from error
     if missing := [name for name in wanted if name not in found]:
-        raise _malformed(archive, f"contain {', '.join(wanted)}", f"no {', '.join(missing)}")
+        raise malformed(archive, f"contain {', '.join(wanted)}", f"no {', '.join(missing)}")
     return [found[name] for name in wanted]
 
 
@@ -211,13 +160,13 @@ def _unpickle(file: _File, keys: tuple[str, ...]) -> list[Any]:
         stored = CifarUnpickler(io.BytesIO(file.content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         got = f"{type(error).__name__}: {error}"
-        raise _malformed(file.source, "be a whole CIFAR pickle", got) from error
+        raise malformed(file.source, "be a whole CIFAR pickle", got) from error
     if not isinstance(stored, dict):
-        raise _malformed(file.source, "hold a dict", type(stored).__name__)
+        raise malformed(file.source, "hold a dict", type(stored).__name__)
     # Python 2 wrote the keys as bytes, Python 3 writes them as str.
     named = {key.decode("latin1") if isinstance(key, bytes) else key: stored[key] for key in stored}
     if any(key not in named for key in keys):
-        raise _malformed(file.source, f"have the keys {', '.join(keys)}", list(named))
+        raise malformed(file.source, f"have the keys {', '.join(keys)}", list(named))
     return [named[key] for key in keys]
 
 
@@ -225,19 +174,19 @@ def _class_names(file: _File, stored: Iterable[Any]) -> tuple[str, ...]:
     try:
         names = tuple(name if isinstance(name, str) else bytes.decode(name) for name in stored)
     except (TypeError, UnicodeDecodeError) as error:
-        raise _malformed(file.source, "list the class names as text", error) from error
+        raise malformed(file.source, "list the class names as text", error) from error
     if not names:
-        raise _malformed(file.source, "name at least one class", "none")
+        raise malformed(file.source, "name at least one class", "none")
     return names
 
 
 def _python_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
     data, labels = _unpickle(file, ("data", "fine_labels"))
     if not isinstance(data, PickledArray):
-        raise _malformed(file.source, "hold `data` as an array", type(data).__name__)
+        raise malformed(file.source, "hold `data` as an array", type(data).__name__)
     count = len(data.raw) // PIXELS
     if data.code != "u1" or not count or data.shape != (count, PIXELS) or len(data.raw) % PIXELS:
-        raise _malformed(file.source, f"hold `data` of dtype u1 and shape (n ≥ 1, {PIXELS})", data)
+        raise malformed(file.source, f"hold `data` of dtype u1 and shape (n ≥ 1, {PIXELS})", data)
     stored = "(c h w n)" if data.fortran else "(n c h w)"
     pixels = torch.frombuffer(bytearray(data.raw), dtype=torch.uint8)
     images = rearrange(pixels, f"{stored} -> n c h w", n=count, c=3, h=32)
@@ -248,7 +197,7 @@ def _binary_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
     size = len(file.content)
     if not size or size % RECORD:
         rule = f"hold one or more records of {RECORD} bytes"
-        raise _malformed(file.source, rule, f"{size} bytes", "Get it again.")
+        raise malformed(file.source, rule, f"{size} bytes", "Get it again.")
     stored = torch.frombuffer(bytearray(file.content), dtype=torch.uint8)
     records = rearrange(stored, "(n r) -> n r", r=RECORD)
     images = rearrange(records[:, 2:], "n (c h w) -> n c h w", c=3, h=32)
@@ -257,10 +206,10 @@ def _binary_split(file: _File, class_names: tuple[str, ...]) -> ImageSet:
 
 def _image_set(file: _File, images: Tensor, labels: object, names: tuple[str, ...]) -> ImageSet:
     if not isinstance(labels, list) or any(type(label) is not int for label in labels):
-        raise _malformed(file.source, "hold `fine_labels` as a list of int", type(labels).__name__)
+        raise malformed(file.source, "hold `fine_labels` as a list of int", type(labels).__name__)
     if len(labels) != len(images):
-        raise _malformed(file.source, f"label each of its {len(images)} images", len(labels))
+        raise malformed(file.source, f"label each of its {len(images)} images", len(labels))
     if outside := sorted({label for label in labels if not 0 <= label < len(names)}):
         rule = f"have labels from 0 to {len(names) - 1}, the last of the named classes"
-        raise _malformed(file.source, rule, outside)
+        raise malformed(file.source, rule, outside)
     return ImageSet(images.contiguous(), torch.tensor(labels), names)
