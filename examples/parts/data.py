@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from parts.cifar_pickle import CifarUnpickler, PickledArray
 from parts.download import cache_folder, download_once
-from parts.files import malformed
+from parts.errors import malformed
 from torch import Tensor
 
 __all__ = ["ImageSet", "load_cifar100"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 from urllib.request import urlopen
 
-from parts.files import malformed, write_atomically
+from parts.errors import malformed
+from parts.files import write_atomically
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 __all__ = ["cache_folder", "download_once"]

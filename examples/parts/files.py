@@ -15,12 +15,7 @@ import torch
 from parts.distributed import is_main
 from torch import nn
 
-__all__ = ["load_model", "malformed", "save_model", "write_atomically", "write_json"]
-
-
-def malformed(source: str | Path, rule: str, got: object, fix: str = "") -> ValueError:
-    """Return the error for a file that does not hold what it should."""
-    return ValueError(f"`{source}` must {rule}; got {got}.{fix and ' '}{fix}")
+__all__ = ["load_model", "save_model", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
