@@ -71,7 +71,8 @@ def test_every_way_to_name_the_data_reads_the_same(root, cache, tmp_path, monkey
 
 @pytest.mark.parametrize("top", ["", "other/", "./", f"deep/{NAME}/"])
 def test_the_top_folder_of_a_zip_may_have_any_name(tmp_path, cache, top):
-    archive = write_zip(tmp_path / "renamed.zip", tinyimagenet_files(), top)
+    files = tinyimagenet_files() | {"a/b/wnids.txt": b"another, deeper down"}
+    archive = write_zip(tmp_path / "renamed.zip", files, top)
     assert_stored(load_tinyimagenet(archive, cache_dir=cache))
 
 
@@ -111,7 +112,7 @@ def test_labels_and_names_are_never_those_of_an_earlier_call(root, cache, monkey
     assert load_tinyimagenet(root, cache_dir=cache)[0].class_names == ("other", "n01", "n02")
 
 
-@pytest.mark.parametrize("change", ["size", "order", "name"])
+@pytest.mark.parametrize("change", ["size", "order", "place", "name"])
 def test_a_changed_source_is_decoded_anew(root, cache, change):
     load_tinyimagenet(root, cache_dir=cache)
     train, val = EXPECTED.values()
@@ -122,6 +123,8 @@ def test_a_changed_source_is_decoded_anew(root, cache, change):
     elif change == "order":
         (root / "wnids.txt").write_text("n02\nn03\nn01\n")
         train, val = train.roll(11, dims=0), val.roll(2, dims=0)
+    elif change == "name":
+        image.rename(image.with_name("n02_99.JPEG"))
     else:
         image.rename(image.with_name("n02_-.JPEG"))
         train = torch.cat([train[:22], train[-1:], train[22:-1]])
@@ -129,6 +132,7 @@ def test_a_changed_source_is_decoded_anew(root, cache, change):
         sets = load_tinyimagenet(root, cache_dir=cache)
         assert torch.equal(sets[0].images, train)
         assert torch.equal(sets[1].images, val)
+    assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "empty", "head", "pixel", "checksum"])
