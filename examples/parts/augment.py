@@ -87,7 +87,7 @@ def random_crop_flip(images_bchw: Tensor, generator: torch.Generator, padding: i
     column = torch.arange(w, device=device)
     rows = _reflect(top + torch.arange(h, device=device), h)
     columns = _reflect(left + torch.where(flip.bool(), column.flip(0), column), w)
-    # One look-up by flat position is 20 times as fast on a CPU as one by four coordinates.
+    # One look-up by flat position is five times as fast on a CPU as one by four coordinates.
     position = rearrange(rows * w, "b h -> b h 1") + rearrange(columns, "b w -> b 1 w")
     pixels = rearrange(images_bchw, "b c h w -> b c (h w)")
     drawn = pixels.gather(2, repeat(position, "b h w -> b c (h w)", c=c))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Iterator[_Source]:
     with archive:
         sizes = {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
         # The shortest: the top folder may have any name, or be missing.
-        top = min((n for n in sizes if PurePosixPath(n).name == CLASSES), key=len, default=CLASSES)
+        top = min((n for n in sizes if _file(n) == CLASSES), key=len, default=CLASSES)
         top = top.removesuffix(CLASSES)
         below = {name[len(top) :]: size for name, size in sizes.items() if name.startswith(top)}
         yield _Source(path, below, lambda name: archive.read(top + name))
@@ -128,6 +128,10 @@ def _sizes(folder: Path | str, above: str = "") -> Iterator[tuple[str, int]]:
                 yield from _sizes(entry.path, f"{above}{entry.name}/")
 
 
+def _file(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
 def _text(source: _Source, name: str) -> str:
     try:
         return source.content(name).decode()
@@ -139,11 +143,11 @@ def _labels(source: _Source, split: str, wnids: list[str]) -> dict[str, int]:
     """Return the label of each image of a split by the name of its file, in stored order."""
     folder_of = {}  # of each image: its folder below that of the split
     for name in source.sizes:
-        path = PurePosixPath(name)
-        is_image = path.suffix.lower() in (".jpeg", ".jpg")
+        *folders, file = name.split("/")  # pathlib takes seconds for all the names
         # macOS puts ._0.JPEG beside 0.JPEG
-        if path.parts[0] == split and is_image and not path.name.startswith("."):
-            folder_of[name] = "/".join(part for part in path.parts[1:-1] if part != "images")
+        is_image = file.lower().endswith((".jpeg", ".jpg")) and not file.startswith(".")
+        if folders[:1] == [split] and is_image:
+            folder_of[name] = "/".join(folder for folder in folders[1:] if folder != "images")
     class_of = folder_of
     if split == "val" and set(folder_of.values()) == {""}:
         class_of = _annotated(source, list(folder_of))
@@ -164,7 +168,7 @@ def _labels(source: _Source, split: str, wnids: list[str]) -> dict[str, int]:
     labels = {name: label_of[wnid] for name, wnid in class_of.items()}
 
     def place(name: str) -> tuple[int, int, str]:
-        file = PurePosixPath(name).name
+        file = _file(name)
         return labels[name], len(file), file  # shorter first: 9.JPEG before 10.JPEG
 
     return {name: labels[name] for name in sorted(labels, key=place)}
@@ -182,7 +186,7 @@ def _annotated(source: _Source, images: list[str]) -> dict[str, str]:
             )
         if class_of.setdefault(file, rest[0]) != rest[0]:
             raise malformed(where, "give each image one class", f"two of {file}")
-    path_of = {PurePosixPath(name).name: name for name in images}
+    path_of = {_file(name): name for name in images}
     if missing := sorted(class_of.keys() - path_of.keys()):
         raise malformed(
             where, "list images that exist", f"{len(missing)} others: {missing[:3]}", AGAIN
