@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["LeadingPairs", "leading_pairs", "solve_shifted", "subspace_size"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
-DIRECT = 16  # a Gram matrix up to this size is decomposed whole: that is as fast
+DIRECT = 16  # a Gram matrix up to this size, or 3 p, is decomposed whole: that is as fast
 TOLERANCE = 4e-4  # angle left between a wanted vector and the leading subspace, radian
 MARGIN = 10.0  # by which a filter aims below the tolerance
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
@@ -50,8 +50,9 @@ class LeadingPairs(NamedTuple):
 
 
 def subspace_size(count: int, size: int) -> int:
-    """Return how many vectors are iterated on to get ``count`` of those of a size."""
-    return min(count + EXTRA, size)
+    """Return how many vectors are kept to find ``count`` of those of a size: a few, or all."""
+    kept = count + EXTRA
+    return size if size <= max(DIRECT, 3 * kept) else kept
 
 
 def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
@@ -64,12 +65,11 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
     """
     size = gram.shape[-1]
     kept = subspace_size(count, size)
-    if size <= max(DIRECT, kept):
+    if kept == size:
         # The largest value is as accurate in float32, smaller ones are not.
-        values, basis = _eigenpairs(gram if count == 1 else _gram_in_float64(matrix))
-        vectors = basis[:, :kept]
+        values, vectors = _eigenpairs(gram if count == 1 else _gram_in_float64(matrix))
         found = values[:, count - 1] > TOLERANCE**2 * values[:, 0]
-        return LeadingPairs(values[:, :kept], vectors, vectors[:, :count] @ matrix, found)
+        return LeadingPairs(values, vectors, vectors[:, :count] @ matrix, found)
 
     block = repeat(_start(kept, size).to(gram), "p s -> b p s", b=len(gram))
     block = _orthonormal(block @ gram @ gram)

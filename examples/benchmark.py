@@ -1,0 +1,184 @@
+r"""What the method costs: singular vectors, a whole step, growth over the batch.
+
+    python examples/benchmark.py --out runs/benchmark
+    python examples/benchmark.py --device cuda --out runs/benchmark_cuda
+
+On two CPU cores the first takes some 40 minutes (``--part`` takes one or two of the three), most of
+it lobpcg. Four networks at full width (VGG16, VGG7, WRN-22-4, WRN-10-4) are first trained for
+``--train-steps`` on scikit-learn's digits at 32×32, or on CIFAR-100 with ``--data-dir``, so that
+the maps are those of networks that have learnt; they are kept in ``--out``. All that is compared
+takes its turn in every round, and the table gives medians and the median of the rounds' ratios.
+Left in ``--out``: ``benchmark.json`` (every number, versions, hardware), ``benchmark.md`` (the
+tables) and ``vectors.png``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from parts.augment import Normalize, batches
+from parts.bench_growth import measure_growth
+from parts.bench_step import measure_step
+from parts.bench_tables import plot_vectors, tables
+from parts.bench_vectors import Point, measure_vectors, small_gaps
+from parts.config import check_above_zero, check_at_least, flag, parse, plain
+from parts.data import ImageSet, load_cifar100
+from parts.engine import nesterov
+from parts.files import load_model, save_model, write_atomically, write_json
+from parts.models import Network, build
+from parts.records import environment
+from sklearn.datasets import load_digits
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
+
+from graph_kd import FeatureHooks
+
+PAIRS = (("VGG16", "VGG7"), ("WRN-22-4", "WRN-10-4"))  # teacher, student
+Part = Literal["vectors", "step", "growth"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; each is a flag."""
+
+    out: Path = flag(Path("runs/benchmark"), "folder of the results and of the networks")
+    part: tuple[Part, ...] = flag(("vectors", "step", "growth"), "what to measure")
+    data_dir: Path | None = flag(None, "CIFAR-100 to train on instead of digits")
+    train_steps: int = flag(60, "steps that each network learns first")
+    batch_size: int = flag(128, "images a step")
+    width: float = flag(1.0, "factor on every channel count")
+    repeats: int = flag(7, "rounds")
+    samples: tuple[int, ...] = flag((256, 512, 1024, 2048, 4096, 8192), "batch sizes of growth")
+    plain_up_to: int = flag(2048, "largest batch whose graphs are also held whole")
+    threads: int | None = flag(None, "CPU threads of torch")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to run")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, train_steps=1, batch_size=2, repeats=1, threads=1)
+        check_above_zero(self, "width")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"`--device` must be one of this machine; got {self.device}."
+            ) from error
+
+
+def digits() -> ImageSet:
+    """Return scikit-learn's digits as 32×32 images of three channels."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = rearrange(torch.from_numpy(pixels).float(), "n (h w) -> n 1 h w", h=8)
+    images = F.interpolate(images * 15, size=(32, 32), mode="bilinear")
+    images = repeat(images.to(torch.uint8), "n 1 h w -> n c h w", c=3)
+    return ImageSet(images, torch.from_numpy(labels), tuple("0123456789"))
+
+
+def trained(name: str, images: ImageSet, config: Config) -> Network:
+    """Return a network after a few steps, from the run's folder if it is there."""
+    torch.manual_seed(0)
+    network = build(name, images.num_classes, config.width).to(config.device)
+    about = {"network": name, "width": config.width, "classes": images.num_classes}
+    about |= {
+        "steps": config.train_steps,
+        "batch": config.batch_size,
+        "torch": str(torch.__version__),
+    }
+    path = config.out / f"{name}.pt"
+    if path.exists():
+        load_model(path, network, about, name=f"{name}.pt in --out")
+        return network
+    normalize, optimizer = Normalize(images), nesterov(list(network.parameters()), 0.02)
+    generator, steps = torch.Generator().manual_seed(0), 0
+    with tqdm(total=config.train_steps, desc=f"{name} learns", leave=False) as bar:
+        while steps < config.train_steps:
+            for batch, labels in batches(images, config.batch_size, generator):
+                optimizer.zero_grad()
+                F.cross_entropy(network(normalize(batch)), labels).backward()  # type: ignore[no-untyped-call] # torch's own has no types
+                optimizer.step()
+                bar.update()
+                steps += 1
+                if steps == config.train_steps:
+                    break
+    save_model(path, network, about)
+    return network
+
+
+def points_of(teacher: Network, student: Network, images: Tensor) -> list[Point]:
+    """Return the maps of both networks at every sensing point."""
+    maps = []
+    for network in (teacher.eval(), student.train()):
+        hooks = FeatureHooks(network, network.sensing_points)
+        with torch.no_grad():
+            network(images)
+            maps.append(hooks.features)
+        hooks.remove()
+    return [
+        Point(f"{t.shape[2] * t.shape[3]}×{t.shape[1]}", t, s) for t, s in zip(*maps, strict=True)
+    ]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure all parts and write the results after each."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = True
+    device = torch.device(config.device)
+    result: dict[str, Any] = {"config": plain(config), "environment": environment(device)}
+    image_set = (digits() if config.data_dir is None else load_cifar100(config.data_dir)[0]).to(
+        device
+    )
+    images = Normalize(image_set)(image_set.images[: config.batch_size])
+    labels = image_set.labels[: config.batch_size]
+    networks = {
+        name: trained(name, image_set, config)
+        for pair in PAIRS
+        for name in pair
+        if {"vectors", "step"} & set(config.part)
+    }
+
+    def write() -> None:
+        write_json(config.out / "benchmark.json", result)
+        text = tables(result)
+        write_atomically(config.out / "benchmark.md", lambda file: file.write(text.encode()))
+
+    if "vectors" in config.part:
+        points = [p for t, s in PAIRS for p in points_of(networks[t], networks[s], images)]
+        result["vectors"] = {
+            "trained": measure_vectors(points, config.repeats, device),
+            "small gaps": measure_vectors(small_gaps(points), config.repeats, device),
+        }
+        plot_vectors(config.out / "vectors.png", result)
+        write()
+    if "step" in config.part:
+        result["step"] = {
+            f"{t} → {s}": measure_step(networks[t], networks[s], images, labels, config.repeats)
+            for t, s in PAIRS
+        }
+        write()
+    if "growth" in config.part:
+        result["growth"] = measure_growth(
+            config.samples, config.plain_up_to, config.repeats, device
+        )
+        write()
+    return result
+
+
+def main() -> None:
+    """Run the command line; what the user can mend ends in one line."""
+    try:
+        config = parse(Config, __doc__)
+        result = run(config)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    print(tables(result))
+    print(f"Numbers and picture: {config.out}")
+
+
+if __name__ == "__main__":
+    main()
