@@ -189,13 +189,8 @@ def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 def _inference(branch: nn.Sequential, rows: Tensor) -> Tensor:
     """Linear + batch norm with running statistics and constant weights."""
     linear, norm = cast(nn.Linear, branch[0]), cast(nn.BatchNorm1d, branch[1])
-    hidden = F.linear(rows, linear.weight.detach())
-    return F.batch_norm(
-        hidden,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight.detach(),
-        norm.bias.detach(),
-        training=False,
-        eps=norm.eps,
-    )
+    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = norm.weight.detach() * torch.rsqrt(running_var + norm.eps)
+    shift = norm.bias.detach() - running_mean * scale
+    # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
+    return torch.addcmul(shift, F.linear(rows, linear.weight.detach()), scale)

@@ -67,7 +67,9 @@ def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) 
         # place by those who clip or unscale it.
         return None if task is None else task.clone()
     gated = (transfer.to(factor.dtype) * factor.to(transfer.device)).to(transfer.dtype)
-    return gated if task is None else task + gated
+    if task is None:
+        return gated
+    return gated.add_(task) if gated.dtype == task.dtype else task + gated
 
 
 def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound: float) -> Tensor:
