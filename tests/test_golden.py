@@ -64,7 +64,8 @@ def test_transfer_logits(case_name, dtype):
             front, back = (case[f"V_{who}{p}"][:, :, 0] for p in (pair - 1, pair))
             logits = estimator.attention_logits(front, back)
             assert relative_error(logits, case[f"logits_{who}{pair}"]) < PROGRAM
-            assert torch.allclose(logits, frozen_logits(estimator, front, back))
+            frozen = frozen_logits(estimator, front, back)
+            assert relative_error(frozen, logits) < 10 * torch.finfo(dtype).eps
 
 
 @cases

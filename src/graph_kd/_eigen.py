@@ -113,6 +113,10 @@ def solve_shifted(
     value_i = rearrange(values[:, :count], "b i -> b i 1")
     ratio = rearrange(values, "b p -> b 1 p") / value_i
     wanted = torch.arange(values.shape[1], device=values.device) < count
+    if values.shape[1] == gram.shape[-1]:  # all eigenpairs are known
+        shifted = torch.where(wanted, 1, value_i * (1 - ratio))
+        solution = ((right @ vectors.mT) * torch.where(wanted, 0, 1 / shifted)) @ vectors
+        return solution, torch.ones_like(values[:, 0], dtype=torch.bool)
     # (1 - G/λ_i)⁻¹ - 1 on the subspace, and -1 on what is projected out.
     excess = torch.where(wanted, -1, 1 / torch.where(wanted, 1, 1 - ratio) - 1)
 

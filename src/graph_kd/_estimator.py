@@ -190,7 +190,7 @@ def _inference(branch: nn.Sequential, rows: Tensor) -> Tensor:
     """Linear + batch norm with running statistics and constant weights."""
     linear, norm = cast(nn.Linear, branch[0]), cast(nn.BatchNorm1d, branch[1])
     running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    centred = F.linear(rows, linear.weight.detach(), -running_mean)
     scale = norm.weight.detach() * torch.rsqrt(running_var + norm.eps)
-    shift = norm.bias.detach() - running_mean * scale
     # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
-    return torch.addcmul(shift, F.linear(rows, linear.weight.detach()), scale)
+    return torch.addcmul(norm.bias.detach(), centred, scale)
