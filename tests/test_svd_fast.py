@@ -137,7 +137,9 @@ def test_shifted_systems_equal_a_dense_solution(seed, count):
     gram = matrix @ matrix.mT
     pairs = leading_pairs(matrix, gram, count)
     right = torch.randn(3, count, 24, generator=torch.Generator().manual_seed(seed + 1))
-    got, solved = solve_shifted(gram, pairs.values, pairs.vectors, right)
+    got, solved = solve_shifted(
+        gram, pairs.values, pairs.vectors, right, count, pairs.values[:, :count]
+    )
     values, basis = torch.linalg.eigh(gram.double())
     values, basis = values.flip(-1), basis.flip(-1)
     shifted = values[:, :count, None] - values[:, None, count:]

@@ -11,6 +11,7 @@ vector of the subspace, the wanted ones first. Vectors are rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
 LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
+STEEP = 32.0  # ratio of eigenvalues up to which the smaller one is not lost in a Gram matrix
+LOG_SPREAD = 9.0  # of the growth in the first filter; from 16 on float32 takes rows for dependent
 ITERATIONS = 48  # of the conjugate gradients at most
 RESIDUAL = 1e-4  # of the conjugate gradients, relative
 
@@ -39,13 +42,11 @@ class LeadingPairs(NamedTuple):
     Shape:
         - values: ``b p``, squared singular values, largest first
         - vectors: ``b p s``, orthonormal, on the shorter side
-        - images: ``b i l``, Aᵀ u of the wanted vectors: orthogonal, of length σ
         - found: ``b``, whether the wanted vectors lie in the leading subspace, to `TOLERANCE`
     """
 
     values: Tensor
     vectors: Tensor
-    images: Tensor
     found: Tensor
 
 
@@ -66,55 +67,50 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
     size = gram.shape[-1]
     kept = subspace_size(count, size)
     if kept == size:
-        # The largest value is as accurate in float32, smaller ones are not.
-        values, vectors = _eigenpairs(gram if count == 1 else _gram_in_float64(matrix))
-        found = values[:, count - 1] > TOLERANCE**2 * values[:, 0]
-        return LeadingPairs(values, vectors, vectors[:, :count] @ matrix, found)
+        values, vectors = _eigenpairs(gram)
+        if _steep(values, count):
+            values, vectors = _eigenpairs(_gram_in_float64(matrix))
+        return LeadingPairs(values, vectors, values[:, count - 1] > TOLERANCE**2 * values[:, 0])
 
-    block = repeat(_start(kept, size).to(gram), "p s -> b p s", b=len(gram))
-    block = _orthonormal(block @ gram @ gram)
-    if count == 1:  # mostly stands out so far that two more powers find it
-        block = block @ gram @ gram
-    else:
-        values, rotation = _eigenpairs((block @ gram @ block.mT).double())
-        vectors = rotation @ block
-        angle, _ = _angles(values, vectors, gram, count)
-        block = _filter(gram, values, vectors, angle)
-    pairs, angle, worth_more = _rayleigh_ritz(matrix, gram, block, count)
+    pairs, angle, worth_more = _ritz(gram, _first_block(gram, kept), count)
     for _ in range(ROUNDS - 1):
-        if not bool(worth_more.any()):
+        lagging = int(worth_more.sum())
+        if not lagging:
             break
-        # The few samples that lag go on alone.
-        lagging = worth_more.nonzero()[:, 0]
-        part, part_gram = matrix[lagging], gram[lagging]
-        block = _filter(part_gram, pairs.values[lagging], pairs.vectors[lagging], angle[lagging])
-        again, angle[lagging], worth_more[lagging] = _rayleigh_ritz(part, part_gram, block, count)
+        # A few go on alone; most of them, with the others, which spares the copy of their matrices.
+        some = slice(None) if 2 * lagging > len(gram) else worth_more.nonzero()[:, 0]
+        part = gram[some]
+        block = _filter(part, pairs.values[some], pairs.vectors[some], angle[some])
+        again, angle[some], worth_more[some] = _ritz(part, block, count)
         for whole, mended in zip(pairs, again, strict=True):
-            whole[lagging] = mended
+            whole[some] = mended
+    if _steep(pairs.values, count):
+        values, rotation = _eigenpairs(_gram_in_float64(pairs.vectors @ matrix))
+        pairs = LeadingPairs(values, rotation @ pairs.vectors, pairs.found)
     return pairs
 
 
 def solve_shifted(
-    gram: Tensor, values: Tensor, vectors: Tensor, right: Tensor
+    gram: Tensor, values: Tensor, vectors: Tensor, right: Tensor, count: int, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Solve (λ_i - G) w_i = r_i on the complement of the wanted vectors, eigenvectors of G.
+    """Solve (λ_j - G) w_j = r_j on the complement of the wanted vectors, eigenvectors of G.
 
-    There λ_i - G is positive definite. Conjugate gradients, preconditioned by what the other
+    There λ_j - G is positive definite. Conjugate gradients, preconditioned by what the other
     vectors of the subspace know of it.
 
     Shape:
         - gram: ``b s s``
         - values: ``b p``, eigenvalues, largest first
         - vectors: ``b p s``, orthonormal; the first i are eigenvectors, the others nearly so
-        - right: ``b i s``; its part along the wanted eigenvectors is ignored
-        - returns: w ``b i s``; and whether the residual fell to `RESIDUAL`, ``b``
+        - right: ``b j s``; its part along the ``count`` wanted eigenvectors is ignored
+        - shift: ``b j``, λ, each one of the wanted values
+        - returns: w ``b j s``; and whether the residual fell to `RESIDUAL`, ``b``
     """
-    count = right.shape[1]
-    value_i = rearrange(values[:, :count], "b i -> b i 1")
-    ratio = rearrange(values, "b p -> b 1 p") / value_i
+    shift = rearrange(shift, "b j -> b j 1")
+    ratio = rearrange(values, "b p -> b 1 p") / shift
     wanted = torch.arange(values.shape[1], device=values.device) < count
     if values.shape[1] == gram.shape[-1]:  # all eigenpairs are known
-        shifted = torch.where(wanted, 1, value_i * (1 - ratio))
+        shifted = torch.where(wanted, 1, shift * (1 - ratio))
         solution = ((right @ vectors.mT) * torch.where(wanted, 0, 1 / shifted)) @ vectors
         return solution, torch.ones_like(values[:, 0], dtype=torch.bool)
     # (1 - G/λ_i)⁻¹ - 1 on the subspace, and -1 on what is projected out.
@@ -136,7 +132,7 @@ def solve_shifted(
         unsolved = energy > small
         if not bool(unsolved.any()):
             break
-        image = torch.baddbmm(direction, direction / value_i, gram, alpha=-1)
+        image = torch.baddbmm(direction, direction / shift, gram, alpha=-1)
         curvature = _dot(direction, image)
         step = torch.where(unsolved & (curvature > 0), energy / curvature, 0)
         solution = torch.addcmul(solution, step, direction)
@@ -146,7 +142,7 @@ def solve_shifted(
         turn = torch.where(unsolved, energy / before, 0)
         direction = torch.addcmul(conditioned, turn, direction)
     solved = rearrange((energy <= small).all(dim=1), "b 1 -> b")
-    return solution * (scale / value_i), solved
+    return solution * (scale / shift), solved
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -165,6 +161,28 @@ def _gram_in_float64(rows: Tensor) -> Tensor:
     return wide @ wide.mT
 
 
+def _steep(values: Tensor, count: int) -> bool:
+    """Tell whether the least wanted value is lost in the rounding of a Gram matrix in float32.
+
+    In a matrix's own products in float64 it is not.
+    """
+    return count > 1 and bool((values[:, 0] > STEEP * values[:, count - 1]).any())
+
+
+def _first_block(gram: Tensor, kept: int) -> Tensor:
+    """Return vectors in which the large eigenvalues prevail, ``b p s``.
+
+    By a filter of as high a degree as leaves them independent: a flat spectrum takes more than one
+    in which few values dominate.
+    """
+    start = repeat(_start(kept, gram.shape[-1]).to(gram), "p s -> b p s", b=len(gram))
+    block = _orthonormal(start @ gram @ gram)
+    lengths = torch.linalg.vector_norm(block @ gram, dim=-1)
+    edge, top = lengths.amin(dim=1, keepdim=True), lengths.amax(dim=1, keepdim=True)
+    degree = int((LOG_SPREAD / _growth(top / edge)).median().clamp(2, DEGREE))
+    return _chebyshev(gram, block, edge, degree)
+
+
 def _orthonormal(rows: Tensor) -> Tensor:
     """Orthonormalise ``b p s`` by a Cholesky factor of their Gram matrix."""
     wide = rows.double()
@@ -172,8 +190,11 @@ def _orthonormal(rows: Tensor) -> Tensor:
     gram = wide @ wide.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)  # of dependent rows a factor exists too
     factor, _ = torch.linalg.cholesky_ex(gram)
-    orthonormal: Tensor = torch.linalg.solve_triangular(factor, wide, upper=False)
-    return orthonormal.to(rows.dtype)
+    # To invert the small factor is faster than to solve for the long rows.
+    identity = torch.eye(gram.shape[-1]).to(gram)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    orthonormal: Tensor = (inverse @ wide).to(rows.dtype)
+    return orthonormal
 
 
 def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,35 +204,28 @@ def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0).float(), vectors.float()
 
 
-def _rayleigh_ritz(
-    matrix: Tensor, gram: Tensor, block: Tensor, count: int
-) -> tuple[LeadingPairs, Tensor, Tensor]:
+def _ritz(gram: Tensor, block: Tensor, count: int) -> tuple[LeadingPairs, Tensor, Tensor]:
     """Return the pairs of a subspace, their angles, and whether a filter would improve them."""
     block = _orthonormal(block)
-    if count == 1:  # the Gram matrix is as accurate for the largest value
-        values, rotation = _eigenpairs((block @ gram @ block.mT).double())
-        vectors = rotation @ block
-        images = vectors[:, :1] @ matrix
-    else:  # on the matrix itself small values are as accurate as in a whole decomposition
-        images = block @ matrix
-        values, rotation = _eigenpairs(_gram_in_float64(images))
-        vectors, images = rotation @ block, rotation[:, :count] @ images
-    angle, noise = _angles(values, vectors, gram, count)
+    image = block @ gram
+    values, rotation = _eigenpairs((image @ block.mT).double())
+    vectors, image = rotation @ block, rotation[:, :count] @ image
+    angle, noise = _angles(values, vectors[:, :count], image)
     found = (torch.maximum(angle, noise) <= TOLERANCE).all(dim=1)
     worth_more = ~found & (noise <= TOLERANCE).all(dim=1)
-    return LeadingPairs(values, vectors, images, found), angle, worth_more
+    return LeadingPairs(values, vectors, found), angle, worth_more
 
 
-def _angles(values: Tensor, vectors: Tensor, gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Bound the angles between wanted vectors and the leading subspace, ``b i``.
+def _angles(values: Tensor, wanted: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the angles between wanted vectors u and the leading subspace, ``b i``, from G u.
 
     By the residual over the gap to what lies outside the subspace; and the same of rounding errors.
     """
-    wanted = vectors[:, :count]
-    value = rearrange(values[:, :count], "b i -> b i 1")
-    residual = torch.linalg.vector_norm(wanted @ gram - value * wanted, dim=-1)
+    value = values[:, : wanted.shape[1]]
+    difference = torch.addcmul(image, rearrange(value, "b i -> b i 1"), wanted, value=-1)
+    residual = torch.linalg.vector_norm(difference, dim=-1)
     noise = ROUNDING * values[:, :1]
-    gap = values[:, :count] - _edge(values)
+    gap = value - _edge(values)
     gap = torch.where(gap > 0, gap, 0)
     return residual / gap, noise / gap
 
@@ -221,30 +235,50 @@ def _edge(values: Tensor) -> Tensor:
     return torch.maximum(values[:, -1:], 16 * ROUNDING * values[:, :1])
 
 
-def _filter(gram: Tensor, values: Tensor, vectors: Tensor, angle: Tensor) -> Tensor:
-    """Amplify in the subspace what lies above its edge by a Chebyshev polynomial of ``gram``.
+def _growth(ratio: Tensor) -> Tensor:
+    """Return by how much a degree more lets T_m(2 ratio - 1) grow, natural logarithm."""
+    point = (2 * ratio - 1).clamp_min(1)
+    return torch.log(point + (point.square() - 1).sqrt()).clamp_min(1e-3)
 
-    T_m(2 G/edge - 1) is at most one below the edge and grows like ρ^m above, ρ = x + √(x² - 1).
-    Vectors of far larger values would grow in a row out of rounding errors, and are projected out.
-    """
+
+def _filter(gram: Tensor, values: Tensor, vectors: Tensor, angle: Tensor) -> Tensor:
+    """Amplify in the subspace what lies above its edge, enough for the angles to vanish."""
     edge = _edge(values)
-    point = (2 * values / edge - 1).clamp_min(1)
-    growth = torch.log(point + (point.square() - 1).sqrt()).clamp_min(1e-3)
+    growth = _growth(values / edge)
     needed = torch.log((angle * MARGIN / TOLERANCE).clamp_min(1)) / growth[:, : angle.shape[1]]
     degree = min(float(needed.max()), float(LOG_RANGE / growth.max()), DEGREE)
     degree = max(1, math.ceil(degree))
     dominates = rearrange(values, "b q -> b 1 q") > DOMINATES * rearrange(values, "b p -> b p 1")
-    some_dominate, dominates = bool(dominates.any()), dominates.to(gram.dtype)
-
-    slope = rearrange(2 / edge, "b 1 -> b 1 1")
     # Half of the growth to come is taken off, so that neither end leaves the range of float32.
-    before = vectors * torch.exp(growth * (-degree / 2)).unsqueeze(-1)
-    rows = torch.baddbmm(before, before * slope, gram, beta=-1)
+    rows = vectors * torch.exp(growth * (-degree / 2)).unsqueeze(-1)
+    if not bool(dominates.any()):
+        return _chebyshev(gram, rows, edge, degree)
+    dominates = dominates.to(gram.dtype)
+
+    def cleared(rows: Tensor) -> Tensor:
+        return torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
+
+    return _chebyshev(gram, rows, edge, degree, cleared)
+
+
+def _chebyshev(
+    gram: Tensor,
+    rows: Tensor,
+    edge: Tensor,
+    degree: int,
+    cleared: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """Return T_degree(2 G/edge - 1) of the rows, ``b p s``, with G the Gram matrix.
+
+    It is at most one below the edge and grows like ρ^degree above, ρ = x + √(x² - 1). Vectors of
+    far larger values would grow in a row out of rounding errors, and must be cleared from it.
+    """
+    slope = rearrange(2 / edge, "b 1 -> b 1 1")
+    before, rows = rows, torch.baddbmm(rows, rows * slope, gram, beta=-1)
     slope = 2 * slope
-    for m in range(1, degree + 1):
-        if some_dominate and (m % 2 == 0 or m == degree):
-            rows = torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
-        if m < degree:  # T_m+1 = 2 x T_m - T_m-1
-            rest = torch.add(before, rows, alpha=2)
-            rows, before = torch.baddbmm(rest, rows * slope, gram, beta=-1), rows
-    return rows
+    for m in range(2, degree + 1):  # T_m = 2 x T_m-1 - T_m-2
+        rest = torch.add(before, rows, alpha=2)
+        rows, before = torch.baddbmm(rest, rows * slope, gram, beta=-1), rows
+        if m % 2 == 0:
+            rows = cleared(rows)
+    return cleared(rows)

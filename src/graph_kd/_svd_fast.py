@@ -30,17 +30,16 @@ SMALLEST, LARGEST = 1e-20, 1e20  # of a Gram matrix's diagonal, far from where f
     "graph_kd::top_vectors",
     mutates_args=(),
     schema="(Tensor rows_bnc, int k, str name) "
-    "-> (Tensor vectors, Tensor images, Tensor gram, Tensor values, Tensor subspace, Tensor hard)",
+    "-> (Tensor vectors, Tensor gram, Tensor values, Tensor subspace, Tensor hard)",
 )
 def top_vectors(
     rows_bnc: Tensor, k: int, name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the top-k right singular vectors, and what their derivative needs.
 
     Shape:
         - rows_bnc: ``b n c``, float32 or half precision
         - vectors: ``b k c``, signs fixed
-        - images: ``b k n``, M v
         - gram: ``b s s``
         - values: ``b p``, its leading eigenvalues
         - subspace: ``b p s``, their vectors, the first k accurate
@@ -57,35 +56,32 @@ def top_vectors(
             aside = rearrange(hard, "b -> b 1 1")
             matrix = torch.where(aside, torch.eye(n, c).to(matrix), matrix)
             gram = torch.where(aside, torch.eye(min(n, c)).to(gram), gram)
-        values, subspace, images, found = leading_pairs(matrix.mT if n >= c else matrix, gram, k)
-        if n >= c:
-            vectors = subspace[:, :k]
-        else:  # the images are Mᵀu = σv, orthogonal but for rounding; and Mv is σu
-            vectors = torch.nn.functional.normalize(images, dim=-1)
+        values, subspace, found = leading_pairs(matrix.mT if n >= c else matrix, gram, k)
+        vectors = subspace[:, :k]
+        if n < c:  # Mᵀu = σv, orthogonal but for rounding
+            vectors = torch.nn.functional.normalize(vectors @ matrix, dim=-1)
             overlap = (vectors @ vectors.mT).tril(-1)
             vectors = torch.nn.functional.normalize(vectors - overlap @ vectors, dim=-1)
-            images = subspace[:, :k] * rearrange(values[:, :k].sqrt(), "b k -> b k 1")
-        sign = torch.where(images.sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
-        vectors, images = sign * vectors, sign * images
+        total = (vectors * matrix.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
+        vectors = torch.where(total < 0, -vectors, vectors)
 
         following = torch.nn.functional.pad(values, (0, 1))[:, 1 : k + 1]
         close = values[:, :k] - following <= CLOSE * values[:, :k]
         hard |= ~found | close.any(dim=-1)
         if bool(hard.any()):
             vectors[hard] = decompose(rows_bnc[hard], k).vectors.float()
-    return vectors, images, gram, values, subspace, hard
+    return vectors, gram, values, subspace, hard
 
 
 @torch.library.custom_op(
     "graph_kd::top_vectors_gradient",
     mutates_args=(),
-    schema="(Tensor rows_bnc, Tensor vectors, Tensor images, Tensor gram, Tensor values, "
+    schema="(Tensor rows_bnc, Tensor vectors, Tensor gram, Tensor values, "
     "Tensor subspace, Tensor hard, Tensor grad) -> Tensor",
 )
 def top_vectors_gradient(
     rows_bnc: Tensor,
     vectors: Tensor,
-    images: Tensor,
     gram: Tensor,
     values: Tensor,
     subspace: Tensor,
@@ -97,19 +93,25 @@ def top_vectors_gradient(
         matrix, grad = rows_bnc.float(), grad.float()
         _, n, c = matrix.shape
         k = vectors.shape[1]
-        value = rearrange(values[:, :k], "b k -> b k 1")
-        right = grad if n >= c else grad @ matrix.mT
-        response, solved = solve_shifted(gram, values, subspace, right)
+        # Alignment uses one of k vectors: those without a gradient are left out.
+        used = (grad != 0).any(dim=-1)
+        most = max(1, int(used.sum(dim=1).amax()))
+        chosen = used.to(torch.uint8).topk(most, dim=1).indices
+        shift = values.gather(1, chosen)
+        value, chosen = rearrange(shift, "b j -> b j 1"), rearrange(chosen, "b j -> b j 1")
+        part, of = grad.take_along_dim(chosen, dim=1), vectors.take_along_dim(chosen, dim=1)
+        right = part if n >= c else part @ matrix.mT
+        response, solved = solve_shifted(gram, values, subspace, right, k, shift)
         # The other returned vectors, left out by the solver.
         gap = value - rearrange(values[:, :k], "b k -> b 1 k")
         known = subspace[:, :k]
         response += ((right @ known.mT) * torch.where(gap == 0, 0, 1 / gap)) @ known
         if n < c:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ
-            along = (grad * vectors).sum(dim=-1, keepdim=True)
-            response = (grad - along * vectors + response @ matrix) / value
-        # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
-        left = torch.cat([response @ matrix.mT, images], dim=1)
-        outer = torch.cat([vectors, response], dim=1)
+            along = (part * of).sum(dim=-1, keepdim=True)
+            response = (part - along * of + response @ matrix) / value
+        # d<v_j, g_j> = <w_j, dG v_j> with dG = dMᵀ M + Mᵀ dM and w_j the response to g_j.
+        left = torch.cat([response, of], dim=1) @ matrix.mT
+        outer = torch.cat([of, response], dim=1)
         # Laid out as the map is.
         grad_rows = left.mT @ outer if rows_bnc.stride(-1) == 1 else (outer.mT @ left).mT
         grad_rows = grad_rows.to(rows_bnc.dtype)
@@ -124,7 +126,7 @@ def top_vectors_gradient(
 def _(rows_bnc: Tensor, k: int, _name: str) -> tuple[Tensor, ...]:
     b, n, c = rows_bnc.shape
     size, kept = min(n, c), subspace_size(k, min(n, c))
-    shapes = ((b, k, c), (b, k, n), (b, size, size), (b, kept), (b, kept, size))
+    shapes = ((b, k, c), (b, size, size), (b, kept), (b, kept, size))
     floats = [rows_bnc.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return *floats, rows_bnc.new_empty(b, dtype=torch.bool)
 
