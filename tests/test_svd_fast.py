@@ -114,14 +114,39 @@ def test_a_common_map_takes_the_fast_way_and_a_steep_one_the_exact():
     assert top_vectors(steep.float(), 4, "")[-1].all()
 
 
-@pytest.mark.parametrize("setting", ["ROUNDS", "DEGREE"])
+def test_values_lost_in_a_gram_matrix_are_found_in_the_map():
+    matrix, right = matrix_of([1.0, 0.02, 0.0198, 0.0196, *[0.005] * 36], 64, 40)
+    vectors, *_, hard = top_vectors(matrix.float(), 4, "")
+    assert not hard.any()
+    cosine = (vectors.double() * right[:, :4]).sum(dim=-1).abs()
+    assert (1 - cosine).max() <= 1e-6
+
+
+@points
+def test_a_vector_without_gradient_changes_nothing_of_the_others(point):
+    features = relu_noise(point).requires_grad_()
+    vectors = SVDFeature(4)(features)
+    target = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+    chosen = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]])[..., None]
+    (whole,) = torch.autograd.grad(vectors, features, chosen * target, retain_graph=True)
+    parts = [
+        torch.autograd.grad(vectors[:, i], features, (chosen * target)[:, i], retain_graph=True)[0]
+        for i in range(4)
+    ]
+    torch.testing.assert_close(whole, sum(parts), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    assert (whole[3] == 0).all()
+    assert (whole[:3].flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
 @pytest.mark.parametrize("kind", ["relu", "slow"])
-def test_what_did_not_converge_is_not_returned(monkeypatch, setting, kind):
-    monkeypatch.setattr(_eigen, setting, 1)
+def test_what_did_not_converge_is_not_returned(monkeypatch, rounds, kind):
+    monkeypatch.setattr(_eigen, "ROUNDS", rounds)
+    monkeypatch.setattr(_eigen, "DEGREE", 1)
     point = (8, 8, 128)
     features = relu_noise(point) if kind == "relu" else with_spectrum(point, kind)
     rows = rearrange(features, "b c h w -> b (h w) c")
-    if setting == "ROUNDS":
+    if rounds == 1:
         assert top_vectors(rows, 4, "")[-1].any()
     check_against_float64(features, 4)
 

@@ -31,7 +31,7 @@ DEGREE = 24  # of a filter at most
 LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 STEEP = 32.0  # ratio of eigenvalues up to which the smaller one is not lost in a Gram matrix
-LOG_SPREAD = 9.0  # of the growth in the first filter; from 16 on float32 takes rows for dependent
+LOG_SPREAD = 12.0  # of the growth in the first filter; at 16 rounding makes its rows dependent
 ITERATIONS = 48  # of the conjugate gradients at most
 RESIDUAL = 1e-4  # of the conjugate gradients, relative
 
@@ -72,7 +72,7 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
             values, vectors = _eigenpairs(_gram_in_float64(matrix))
         return LeadingPairs(values, vectors, values[:, count - 1] > TOLERANCE**2 * values[:, 0])
 
-    pairs, angle, worth_more = _ritz(gram, _first_block(gram, kept), count)
+    pairs, angle, worth_more = _ritz(gram, _first_block(gram, kept, count), count)
     for _ in range(ROUNDS - 1):
         lagging = int(worth_more.sum())
         if not lagging:
@@ -169,16 +169,18 @@ def _steep(values: Tensor, count: int) -> bool:
     return count > 1 and bool((values[:, 0] > STEEP * values[:, count - 1]).any())
 
 
-def _first_block(gram: Tensor, kept: int) -> Tensor:
+def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     """Return vectors in which the large eigenvalues prevail, ``b p s``.
 
     By a filter of as high a degree as leaves them independent: a flat spectrum takes more than one
-    in which few values dominate.
+    in which few values dominate. The factor of Cholesky orders the rows, so that the one after the
+    wanted ones tells where the filter may begin; an edge too low only slows it down.
     """
     start = repeat(_start(kept, gram.shape[-1]).to(gram), "p s -> b p s", b=len(gram))
     block = _orthonormal(start @ gram @ gram)
     lengths = torch.linalg.vector_norm(block @ gram, dim=-1)
-    edge, top = lengths.amin(dim=1, keepdim=True), lengths.amax(dim=1, keepdim=True)
+    largest = lengths.topk(count + 1, dim=1).values
+    top, edge = largest[:, :1], largest[:, -1:]
     degree = int((LOG_SPREAD / _growth(top / edge)).median().clamp(2, DEGREE))
     return _chebyshev(gram, block, edge, degree)
 
