@@ -54,7 +54,8 @@ def _vectors(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         if "fails" in row:
-            cells.append([row["method"], f"fails: {row['fails']}", "", "", "", ""])
+            reason = row["fails"].split(":")[0]
+            cells.append([row["method"], f"fails in {reason}", "–", "–", "–", "–"])
             continue
         cells.append(
             [

@@ -76,7 +76,7 @@ def measure_vectors(
     seconds = paired_seconds(tasks, repeats, device)
     totals = {
         name: [
-            sum(r) for r in zip(*(seconds[f"{name}/{i}"] for i in range(len(part))), strict=True)
+            sum(r) for r in zip(*(seconds[f"{name}/{i}"] for i in range(len(part))), strict=False)
         ]
         for name, part in steps.items()
     }
