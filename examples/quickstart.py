@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from matplotlib.figure import Figure
 from parts.config import check_above_zero, check_at_least, flag, parse, plain
+from parts.environment import environment
 from parts.files import write_json
-from parts.records import environment
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn

@@ -1,5 +1,6 @@
 """Every block of the README is run, and what its prose points at exists."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cifar_files import binary_files, write_folder
+from parts.bench_tables import tables
 from readme import README, blocks, setup_commands
 from torch import nn
 
 ROOT = README.parent
 MINIATURE = (
-    "--width 0.05 --epochs 1 --estimator-epochs 1 --batch-size 4 --limit-per-class 2 --device cpu"
+    "--width 0.05 --epochs 1 --first-epochs 1 --batch-size 4 --classes 3 --limit-per-class 2 "
+    "--device cpu --num-heads 2"
 )
 
 
@@ -66,13 +69,15 @@ def test_diff_is_a_loop_that_runs_before_and_after(signs):
 def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
     write_folder(tmp_path / "data", binary_files())
     commands = [line for text in of("bash") for line in text.splitlines() if "examples/" in line]
-    cifar = [c for c in commands if c.startswith("python examples/cifar100")]
-    assert cifar
-    for n, command in enumerate(cifar):
+    training = [c for c in commands if re.match(r"python examples/(cifar100|reproduce)", c)]
+    assert len(training) >= 2
+    for n, command in enumerate(training):
         words = [*shlex.split(command)[1:], *MINIATURE.split()]
         words += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / f"run{n}")]
+        if "reproduce" in command:
+            words += ["--methods", "student", "--rows", "VGG", "--seeds", "0"]
         subprocess.run([sys.executable, "-W", "error", *words], cwd=ROOT, check=True)
-        assert (tmp_path / f"run{n}" / "record.json").exists()
+        assert list((tmp_path / f"run{n}").rglob("record.json"))
 
 
 def test_two_commands_do_the_set_up():
@@ -101,3 +106,9 @@ def test_changelog_names_the_version():
     import graph_kd
 
     assert f"## [{graph_kd.__version__}]" in Path(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", ["vectors", "step", "growth"])
+def test_tables_of_costs_are_those_of_the_committed_measurements(part):
+    record = ROOT / "examples" / "results" / "benchmark_cpu" / f"{part}.json"
+    assert tables(json.loads(record.read_text(encoding="utf-8"))) in README.read_text("utf-8")

@@ -13,6 +13,7 @@ from parts.files import write_atomically
 __all__ = ["plot_vectors", "tables"]
 
 MEBI = 2**20
+KINDS = {"trained": "of trained networks", "small gaps": "with gaps of 1.5 %"}
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -23,8 +24,7 @@ def tables(result: dict[str, Any]) -> str:
         f"medians of {config['repeats']} rounds.\n"
     ]
     for maps, rows in result.get("vectors", {}).items():
-        title = "maps of trained networks" if maps == "trained" else "maps with gaps of 1.5 %"
-        parts.append(f"Singular vectors, {title}:\n\n" + _vectors(rows))
+        parts.append(f"Singular vectors, maps {KINDS[maps]}:\n\n" + _vectors(rows))
     if "step" in result:
         parts.append("A step, milliseconds:\n\n" + _step(result["step"]))
     if "growth" in result:
@@ -41,9 +41,9 @@ def plot_vectors(path: Path, result: dict[str, Any]) -> None:
         milliseconds = [1e3 * row["seconds"] for row in measured]
         colours = ["C0" if row["method"] == "graph-kd" else "0.7" for row in measured]
         bars = axis.barh([row["method"] for row in measured], milliseconds, color=colours)
-        axis.bar_label(bars, [f"{value:.3g}" for value in milliseconds], padding=3)
-        axis.set(xscale="log", xlabel="ms a step, all sensing points", title=f"{maps} maps")
-        axis.set_xlim(right=max(milliseconds) * 4)
+        axis.bar_label(bars, [f"{value:.0f}" for value in milliseconds], padding=3)
+        axis.set(xlabel="ms a step, all sensing points", title=f"Maps {KINDS[maps]}")
+        axis.set_xlim(right=max(milliseconds) * 1.2)
         axis.spines[["top", "right"]].set_visible(False)
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=130)

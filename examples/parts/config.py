@@ -25,19 +25,23 @@ def flag(default: Any, help: str) -> Any:  # noqa: A002 # argparse's own name fo
 def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
     """Read the command line into ``config``; unknown flags and wrong values end the program.
 
-    A field ``tuple[T, ...]`` takes several values, ``T | None`` may be left out, and a `Literal`
-    one of its values.
+    A field ``tuple[T, ...]`` takes several values, ``T | None`` may be left out, a `Literal` is one
+    of its values, and a bool is false unless its flag is there.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type] # any dataclass will do
-        hint, default = hints[field.name], field.default
+        hint, default = _given(hints[field.name]), field.default
+        name = "--" + field.name.replace("_", "-")
+        if hint is bool:
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+            continue
         several = get_origin(hint) is tuple
-        kind = _kind(hint)
+        kind = get_args(hint)[0] if several else hint
         literal = get_origin(kind) is Literal
         shown = "" if default is None else f" (default: {_shown(default)})"
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            name,
             type=str if literal else kind,
             default=default,
             nargs="+" if several else None,
@@ -80,10 +84,8 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _kind(hint: Any) -> Any:
-    """Return the type of one value of a field."""
-    if get_origin(hint) is tuple:
-        return get_args(hint)[0]
+def _given(hint: Any) -> Any:
+    """Return the type of a field that is not None."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint

@@ -66,11 +66,38 @@ class ImageSet:
             raise TypeError(f"`limit` must be an int or None; got {limit!r}.")
         if limit < 1:
             raise ValueError(f"`limit` must be an int ≥ 1 or None; got {limit}.")
-        of_class = [
-            (self.labels == label).nonzero()[:limit, 0] for label in range(self.num_classes)
-        ]
-        kept = torch.cat(of_class).sort().values
-        return replace(self, images=self.images[kept], labels=self.labels[kept])
+        return self._keep(self._places() < limit)
+
+    def take_share(self, share: float) -> ImageSet:
+        """Keep the first ``share`` of each class in stored order, rounded up; 0 < share ≤ 1."""
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        return self._keep(self._places() < (share * counts).ceil()[self.labels])
+
+    def take_classes(self, count: int | None) -> ImageSet:
+        """Keep the first ``count`` classes; None keeps all."""
+        if count is None:
+            return self
+        if count > self.num_classes:
+            raise ValueError(f"`count` must be at most {self.num_classes} classes; got {count}.")
+        kept = self._keep(self.labels < count)
+        return replace(kept, class_names=self.class_names[:count])
+
+    def hold_out(self, every: int) -> tuple[ImageSet, ImageSet]:
+        """Return all but every ``every``-th image of each class, and these."""
+        held = self._places() % every == every - 1
+        return self._keep(~held), self._keep(held)
+
+    def _places(self) -> Tensor:
+        """Return each image's place among those of its class, in stored order."""
+        order = self.labels.argsort(stable=True)
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        first = (counts.cumsum(0) - counts)[self.labels[order]]
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device) - first
+        return places
+
+    def _keep(self, chosen: Tensor) -> ImageSet:
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
 
 def load_cifar100(

@@ -12,7 +12,7 @@ import torch
 from parts.augment import Normalize, batches, random_crop_flip
 from parts.data import ImageSet
 from parts.distributed import is_main, mean_over_processes, share_of, sum_over_processes
-from parts.records import Record
+from parts.runs import Run, Stateful
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
@@ -42,7 +42,7 @@ class Engine:
         seed: Of the order of images and of the augmentation; the same for every phase, so that
             two students see the same batches.
         amp: Type that the models' forward passes run in; None is float32 throughout.
-        record: Where epochs are written.
+        run_of: Where epochs are written, and where an interrupted run goes on.
     """
 
     train_set: ImageSet
@@ -50,7 +50,7 @@ class Engine:
     batch_size: int
     seed: int
     amp: torch.dtype | None
-    record: Record
+    run_of: Run
 
     @cached_property
     def normalize(self) -> Normalize:
@@ -75,6 +75,7 @@ class Engine:
         phase: str,
         epochs: int,
         step: Callable[[Tensor, Tensor], Tensor],
+        state: dict[str, Stateful],
         *,
         model: nn.Module | None = None,
         scheduler: LRScheduler | None = None,
@@ -82,25 +83,37 @@ class Engine:
     ) -> None:
         """Call ``step(images, labels)``, which returns the loss to show, for every batch.
 
-        Each process steps on its share of the batch; the mean of their losses is shown.
+        Each process steps on its share of the batch; the mean of their losses is shown. ``state``
+        is all that the phase changes and later phases need, but for ``model`` and ``scheduler``.
         With a ``model`` its test accuracy is measured after every epoch, and the last one is the
-        phase's result.
+        phase's result. What an interrupted run has done already is taken over.
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        steps, seconds = len(self.train_set.images) // self.batch_size, 0.0
-        best = None
+        if self.run_of.is_done(phase):
+            return
+        state = dict(state)
+        state |= {} if model is None else {"model": model}
+        state |= {} if scheduler is None else {"scheduler": scheduler}
+        order = torch.Generator().manual_seed(self.seed)
+        done = self.run_of.restore(phase, state, order)
+        steps = len(self.train_set.images) // self.batch_size
         with tqdm(
-            total=epochs * steps, desc=phase, unit="step", dynamic_ncols=True, disable=not is_main()
+            total=epochs * steps,
+            initial=done * steps,
+            desc=phase,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_main(),
         ) as bar:
-            for epoch in range(epochs):
+            for epoch in range(done, epochs):
                 if before_epoch is not None:
                     before_epoch(epoch)
                 if model is not None:
                     model.train()
                 started, losses = time.perf_counter(), []
-                for images, labels in batches(self.train_set, self.batch_size, generator):
-                    own = share_of(random_crop_flip(images, generator))  # drawn for all alike
-                    loss = step(self.normalize(own), share_of(labels))
+                for images, labels in batches(self.train_set, self.batch_size, order):
+                    own = share_of(random_crop_flip(images, order))  # drawn for all alike
+                    inputs = _channels_last(self.normalize(own))
+                    loss = step(inputs, share_of(labels))
                     losses.append(loss.detach())
                     bar.update()
                 mean = mean_over_processes(torch.stack(losses).mean())
@@ -110,23 +123,16 @@ class Engine:
                         f"The loss of phase {phase!r} must stay finite; it was {mean_loss} in "
                         f"epoch {epoch + 1}. Lower the learning rate."
                     )
-                seconds += time.perf_counter() - started
+                seconds = time.perf_counter() - started
                 values: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 5)}
                 if scheduler is not None:
                     values["learning_rate"] = round(float(scheduler.get_last_lr()[0]), 8)
                     scheduler.step()
                 if model is not None:
                     values["test_accuracy"] = self.test(model)
-                    best = max(best or 0.0, values["test_accuracy"])
-                values["seconds"] = round(time.perf_counter() - started, 2)
-                self.record.epoch(phase, values)
-                bar.set_postfix({k: v for k, v in values.items() if k not in ("epoch", "seconds")})
-        summary: dict[str, float | None] = {}
-        if epochs:
-            summary["seconds_per_step"] = round(seconds / (epochs * steps), 5)
-        if model is not None and epochs:
-            summary |= {"last_accuracy": values["test_accuracy"], "best_accuracy": best}
-        self.record.phase(phase, **summary)
+                last = epoch + 1 == epochs
+                self.run_of.epoch(phase, values, seconds, state, order, last=last)
+                bar.set_postfix({k: v for k, v in values.items() if k != "epoch"})
 
     def test(self, model: nn.Module) -> float:
         """Return the accuracy on the test set, per cent."""
@@ -142,9 +148,14 @@ def accuracy(model: nn.Module, image_set: ImageSet, normalize: Normalize) -> flo
     own = replace(image_set, images=share_of(image_set.images), labels=share_of(image_set.labels))
     right = torch.stack(
         [
-            (model(normalize(images)).argmax(dim=1) == labels).sum()
+            (model(_channels_last(normalize(images))).argmax(dim=1) == labels).sum()
             for images, labels in batches(own, 512)
         ]
     ).sum()
     model.train(training)
     return round(100 * float(sum_over_processes(right)) / len(image_set.labels), 2)
+
+
+def _channels_last(images_bchw: Tensor) -> Tensor:
+    """Lay images out as the networks are: what convolutions are fastest on, CPU and GPU."""
+    return images_bchw.contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,14 @@ import torch
 from parts.distributed import is_main
 from torch import nn
 
-__all__ = ["load_model", "save_model", "write_atomically", "write_json"]
+__all__ = [
+    "load_model",
+    "load_tensors",
+    "save_model",
+    "save_tensors",
+    "write_atomically",
+    "write_json",
+]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -26,7 +33,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     if not is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=path.name, suffix=".part", delete=False
+    ) as file:
         try:
             write(file)
             file.flush()
@@ -43,30 +52,29 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
-    """Write weights, buffers and ``about`` (plain types) so that ``weights_only`` loads them."""
-    content = {"about": about, "model": model.state_dict()}
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain types so that ``weights_only`` loads them."""
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str) -> None:
-    """Fill ``model`` from a checkpoint of `save_model`; ``model`` is untouched if it does not fit.
+def load_tensors(path: Path, keys: tuple[str, ...], *, name: str, fix: str = "") -> dict[str, Any]:
+    """Return what `save_tensors` wrote, on the CPU.
 
     Args:
         path: The file.
-        model: The model to fill.
-        about: What the checkpoint has to say of itself: the model it was made for.
+        keys: Entries that it has to hold.
         name: What the user calls the path, for messages.
+        fix: What can be done where it is damaged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or one of another model.
+        ValueError: it is not one of these files, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`{name}` must be a checkpoint file; there is none at {path}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved_about, state = content["about"], content["model"]
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: content[key] for key in keys} | content
     except (
         OSError,
         EOFError,
@@ -80,9 +88,36 @@ def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str
         raise ValueError(
             f"`{name}` must be a whole checkpoint made by these examples; {path} is not "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})."
+            f"{fix}"
         ) from error
-    if saved_about != about:
-        raise ValueError(f"`{name}` must hold {about}; {path} holds {saved_about}.")
+
+
+def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Write weights, buffers and ``about`` (plain types) so that ``weights_only`` loads them."""
+    save_tensors(path, {"about": about, "model": model.state_dict()})
+
+
+def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str) -> None:
+    """Fill ``model`` from a checkpoint; ``model`` is untouched if it does not fit.
+
+    Args:
+        path: The file.
+        model: The model to fill.
+        about: What the checkpoint has to say of itself, among other things.
+        name: What the user calls the path, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or one of another model.
+    """
+    content = load_tensors(path, ("about", "model"), name=name)
+    saved_about, state = content["about"], content["model"]
+    for key, value in about.items():
+        if saved_about.get(key) != value:
+            raise ValueError(
+                f"`{name}` must hold a model with {key} = {value!r}; {path} holds one with "
+                f"{saved_about.get(key)!r}."
+            )
     own = {key: tensor.shape for key, tensor in model.state_dict().items()}
     found = {key: tensor.shape for key, tensor in state.items()}
     if own != found:

@@ -1,0 +1,168 @@
+"""`reproduce.py` runs a table's cells, each once, and shows them beside what was published."""
+
+import contextlib
+import io
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import reproduce
+from cifar_files import python_files, write_folder
+from parts.methods import METHODS
+from parts.poster import PUBLISHED
+from test_examples_scripts import SMALL, networks, progress
+from tinyimagenet_files import tinyimagenet_files
+
+SCRIPT = Path(reproduce.__file__)
+TINY = [flag if flag != "2" else "1" for flag in SMALL[:-1]] + ["2"]  # one epoch, two heads
+
+
+def run(*flags):
+    """Run the script in this process; return how it ended, and what it printed."""
+    out = io.StringIO()
+    words = [str(SCRIPT), *map(str, flags)]
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stdout(out):
+        try:
+            reproduce.main()
+        except SystemExit as end:
+            return end.code, out.getvalue()
+    return 0, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), python_files())
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tables")
+    flags = ["--data-dir", data, "--out", out, *TINY, "--table", "cifar100", "--seeds", 0, 1]
+    code, text = run(*flags, "--methods", "student", "mhgd")
+    assert code == 0, code
+    return out, flags, text
+
+
+def test_a_table_shows_mean_and_deviation_beside_the_published_numbers(finished):
+    out, _, text = finished
+    content = json.loads((out / "cifar100.json").read_text())
+    assert len(content["cells"]) == 2 * 3
+    assert {"graph_kd", "torch", "python", "hardware", "commit"} == set(content["environments"][0])
+    for cell in content["cells"]:
+        teacher = {"VGG": ("VGG16", "VGG7"), "WRN": ("WRN-22-4", "WRN-10-4")}[cell["row"]]
+        above = "" if cell["method"] == "teacher" else f"{teacher[1]}/"
+        name = cell["method"] + (",num_heads=2" if "mhgd" in cell["method"] else "")
+        accuracies = [
+            json.loads(
+                (out / "CIFAR-100" / teacher[0] / f"seed-{seed}" / f"{above}{name}" / "record.json")
+                .read_text()
+            )["accuracy"]
+            for seed in (0, 1)
+        ]  # fmt: skip
+        assert cell["accuracies"] == accuracies
+        assert cell["n"] == 2
+        mean, sd = statistics.mean(accuracies), statistics.stdev(accuracies)
+        assert (cell["mean"], cell["sd"]) == (round(mean, 2), round(sd, 2))
+        assert f"{cell['mean']:.2f} ± {cell['sd']:.2f} (2) | {cell['published']:.2f} |" in text
+    assert (out / "cifar100.md").read_text() in text
+    for name in ("cifar100.png", "cifar100_epochs.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(finished):
+    out, flags, text = finished
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")}
+    code, again = run(*flags, "--methods", "student", "mhgd")
+    assert code == 0
+    assert text.endswith(again)  # which says nothing of teachers that teach
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")} == times
+
+
+def test_tables_of_other_settings_stand_beside_each_other(finished):
+    out, flags, _ = finished
+    before = (out / "cifar100.json").read_bytes()
+    code, _ = run(*flags, "--methods", "mhgd", "--bound", "3", "--rows", "WRN", "--seeds", "1")
+    assert code == 0
+    assert (out / "cifar100.json").read_bytes() == before
+    content = json.loads((out / "cifar100,bound=3.0.json").read_text())
+    assert [cell["row"] for cell in content["cells"]] == ["WRN", "WRN"]
+    assert content["settings"]["bound"] == 3.0
+
+
+def test_tables_can_be_written_without_training(finished, tmp_path):
+    _, flags, _ = finished
+    code, text = run(*flags, "--out", tmp_path / "empty", "--render-only")
+    assert code == 0
+    assert "| MHGD | – | 67.02 | – | 72.79 |" in text
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_every_cell_of_every_table_can_be_trained(data, tmp_path):
+    tiny = write_folder(tmp_path / "tiny", tinyimagenet_files())
+    for table, rows in PUBLISHED.items():
+        folder = tiny if table == "tinyimagenet" else data
+        config = reproduce.Config(data_dir=folder, table=(table,), seeds=(0,), device="cpu")
+        cells = list(reproduce.cells_of(table, config))
+        assert {(c.row.title, c.method) for c in cells} >= {
+            (row.title, method) for row in rows for method in row.published
+        }
+        assert {c.method for c in cells} <= {"teacher", *METHODS}
+        for cell in cells:
+            networks_of = cell.workshop.experiment
+            teacher, student = networks_of.teacher(4, 0.1), networks_of.student(4, 0.1)
+            assert teacher.channels == student.channels
+
+
+def test_the_published_numbers_are_the_poster_s():
+    assert PUBLISHED["cifar100"][0].published["mhgd"] == 67.02
+    assert PUBLISHED["cifar100"][1].published["mhgd"] == 72.79
+    assert PUBLISHED["tinyimagenet"][0].published["kd-svdf"] == 55.35
+    assert PUBLISHED["tinyimagenet"][1].published["student"] == 55.91
+    assert PUBLISHED["students"][1].published["fsp"] == 60.35
+    assert [row.published for row in PUBLISHED["heads"]][1:] == [
+        {"mhgd": accuracy} for accuracy in (65.71, 66.41, 67.01, 67.02, 66.70)
+    ]
+    assert PUBLISHED["sota"][0].published["rkd"] == 73.40
+
+
+def test_rows_that_are_not_in_the_table_are_refused(finished):
+    code, _ = run(*finished[1], "--rows", "LeNet")
+    assert code == "reproduce.py: `--rows` must be some of 'VGG', 'WRN'; got ('LeNet',)."
+
+
+def test_killed_at_random_moments_and_side_by_side_nothing_is_lost(data, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--data-dir", data, *TINY, "--threads", 1, "--checkpoint-seconds", 0]
+    flags += ["--rows", "VGG", "--seeds", 0, 1, "--methods", "student", "mhgd", "fsp"]
+
+    def start(out=out):
+        command = [str(word) for word in (sys.executable, SCRIPT, *flags, "--out", out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(timeout=120) == 0
+
+    generator, kills = random.Random(1), 0
+    while kills < 5:
+        before, process = progress(out), start()
+        while process.poll() is None and progress(out) <= before:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL  # the table is longer than five of these
+    both = [start(), start()]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("checkpoint.pt"))
+    content = json.loads((out / "cifar100.json").read_text())
+    assert [cell["n"] for cell in content["cells"]] == [2] * 4
+    assert networks(out) == networks(tmp_path / "whole")
+    for name in ("cifar100.json", "cifar100.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
