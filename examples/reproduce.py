@@ -6,10 +6,12 @@ r"""The poster's tables: run their cells, and show what came out beside what was
 
 A cell is a network trained by a method from a seed. What is done is not done again, what was
 interrupted goes on, and several of these commands may run side by side in one ``--out``: each
-takes cells that no other holds. ``--methods`` takes some of the table's columns, or others; by
-default MHGD is there in each of its forms. After every cell the tables are written anew, of all
-that is done in ``--out``: ``TABLE.md``, ``TABLE.json``, ``TABLE.png`` (bars beside the published
-numbers) and ``TABLE_epochs.png``, with the settings that are not the default in their names.
+takes cells that no other holds. ``--methods`` takes some of the table's methods, or others; by
+default MHGD is there in each of its forms. After every cell its tables are written anew, of all
+that is done in ``--out`` by this or another command of the same settings: ``TABLE.md``,
+``TABLE.json``, ``TABLE.png`` (bars beside the published numbers) and ``TABLE_epochs.png``, with a
+bound, gate, split, share or number of heads that is not the default in their names. A cell whose
+loss diverges is left out, and told at the end.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ import tinyimagenet_vgg
 import tinyimagenet_wrn
 import torch
 from parts.config import flag, parse
+from parts.engine import DivergedError
+from parts.methods import METHODS, MHGD
 from parts.models import build
 from parts.poster import PUBLISHED, Row, Table
-from parts.results import Cell, write_results
+from parts.results import Cell, shares_of_time, write_results
 from parts.script import Method
 from parts.settings import Settings
 from parts.workshop import Workshop
 
-ALL_FORMS = ("mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits")
 WAIT = 5.0  # seconds until cells that others hold are looked at again
 
 EXPERIMENTS = {
@@ -61,70 +64,106 @@ class Config(Settings):
     table: tuple[Table, ...] = flag(("cifar100",), "tables to run")
     out: Path = flag(Path("runs/reproduce"), "folder of cells and tables")
     seeds: tuple[int, ...] = flag((0, 1, 2), "one cell each")
-    rows: tuple[str, ...] | None = flag(None, "only these rows")
-    methods: tuple[Method, ...] | None = flag(None, "instead of the table's methods")
+    rows: tuple[str, ...] | None = flag(None, "train only these rows")
+    methods: tuple[Method, ...] | None = flag(None, "train these instead of the table's")
     render_only: bool = flag(False, "write the tables of what is there, train nothing")
 
 
 def methods_of(table: Table, row: Row, config: Config) -> list[str]:
-    """Return the columns of a row that are trained: by default the table's, MHGD in every form."""
-    if config.methods is not None:
-        return list(dict.fromkeys(config.methods))
+    """Return the methods of a row to train: by default the table's, and MHGD in every form."""
     own = [method for method in row.published if method != "teacher"]
     if table == "heads":
-        return own
-    return [*own, *(form for form in ALL_FORMS if form not in own)]
+        return [m for m in own if config.methods is None or m in config.methods]
+    return list(dict.fromkeys([*own, *MHGD] if config.methods is None else config.methods))
 
 
-def cells_of(table: Table, config: Config) -> Iterator[Cell]:
-    """Return the cells of a table, those of a seed together."""
+def cells_to_train(table: Table, config: Config) -> Iterator[Cell]:
+    """Return the cells that were asked for, those of a seed together."""
     rows = [row for row in PUBLISHED[table] if config.rows is None or row.title in config.rows]
     if not rows:
         titles = ", ".join(repr(row.title) for row in PUBLISHED[table])
         raise ValueError(f"`--rows` must be some of {titles}; got {config.rows}.")
-    for seed in config.seeds:
+    for seed in dict.fromkeys(config.seeds):
         for row in rows:
-            experiment = EXPERIMENTS[row.experiment]
-            data_name = config.data_name or experiment.data_name
-            folder = f"{data_name}/{experiment.teacher_name}/seed-{seed}"
-            settings = config.with_(num_heads=row.num_heads or config.num_heads)
-            workshop = Workshop(experiment, settings, seed, config.out / folder)
             for method in ("teacher", *methods_of(table, row, config)):
-                yield Cell(row, method, seed, workshop)
+                yield Cell(row, method, seed, workshop_of(row, seed, config))
 
 
-def run(config: Config) -> str:
-    """Train every cell that is not done, write the tables after each, and return them."""
+def cells_there(table: Table, config: Config) -> Iterator[Cell]:
+    """Return every cell of a table that ``--out`` may hold, whoever has trained it."""
+    for row in PUBLISHED[table]:
+        folder = workshop_of(row, 0, config).root.parent
+        seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
+        methods = row.published if table == "heads" else ("teacher", *METHODS)
+        for seed in seeds:
+            for method in methods:
+                yield Cell(row, method, seed, workshop_of(row, seed, config))
+
+
+def workshop_of(row: Row, seed: int, config: Config) -> Workshop:
+    """Return where the networks of a row and a seed are trained."""
+    experiment = EXPERIMENTS[row.experiment]
+    data_name = config.data_name or experiment.data_name
+    folder = f"{data_name}/{experiment.teacher_name}/seed-{seed}"
+    settings = config.with_(num_heads=row.num_heads or config.num_heads)
+    return Workshop(experiment, settings, seed, config.out / folder)
+
+
+def run(config: Config) -> tuple[str, list[str]]:
+    """Train every cell that is not done and write the tables after each.
+
+    Returns:
+        The tables, and what is to be said of cells that diverged.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = True
-    tables = {table: list(cells_of(table, config)) for table in dict.fromkeys(config.table)}
-    waiting = [] if config.render_only else [c for cells in tables.values() for c in cells]
+    tables = tuple(dict.fromkeys(config.table))
+    of_table = {table: list(cells_to_train(table, config)) for table in tables}
+    waiting = [] if config.render_only else [c for cells in of_table.values() for c in cells]
+    diverged: dict[str, None] = {}  # in order, each once
     while waiting:
         held = []
         for cell in waiting:
-            if cell.record() is not None:
+            was_done = cell.record() is not None
+            try:
+                record = cell.workshop.train(cell.method)
+            except DivergedError as error:
+                diverged[f"{cell.row.title}, {cell.method}, seed {cell.seed}: {error}"] = None
                 continue
-            if cell.workshop.train(cell.method) is None:
+            if record is None:
                 held.append(cell)
-                continue
-            for table in (table for table, cells in tables.items() if cell in cells):
-                write_results(config.out, table, tables[table])
+            elif not was_done:
+                for table in (t for t in tables if cell in of_table[t]):
+                    write_table(table, config)
         if len(held) == len(waiting):
             time.sleep(WAIT)
         waiting = held
-    return "\n".join(write_results(config.out, table, cells) for table, cells in tables.items())
+    return "\n".join(write_table(table, config) for table in tables), list(diverged)
+
+
+def write_table(table: Table, config: Config) -> str:
+    """Write the results of a table, and return them as Markdown, with the shares of the time."""
+    cells = list(cells_there(table, config))
+    marks = workshop_of(PUBLISHED[table][0], 0, config).marks("mhgd")
+    if table == "heads":
+        marks = [mark for mark in marks if not mark.startswith("num_heads=")]
+    name = ",".join([table, *marks])
+    text = write_results(config.out, name, PUBLISHED[table], cells)
+    return f"{text}\n{shares_of_time(cells)}\n"
 
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line."""
     try:
         config = parse(Config, __doc__)
-        text = run(config)
+        text, diverged = run(config)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     print(text)
     print(f"Tables, numbers and pictures: {config.out}")
+    if diverged:
+        sys.exit("\n".join([f"{Path(sys.argv[0]).name}: cells without a result:", *diverged]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -52,7 +53,7 @@ def finished(data, tmp_path_factory):
 
 def test_a_table_shows_mean_and_deviation_beside_the_published_numbers(finished):
     out, _, text = finished
-    content = json.loads((out / "cifar100.json").read_text())
+    content = json.loads((out / "cifar100,num_heads=2.json").read_text())
     assert len(content["cells"]) == 2 * 3
     assert {"graph_kd", "torch", "python", "hardware", "commit"} == set(content["environments"][0])
     for cell in content["cells"]:
@@ -71,8 +72,8 @@ def test_a_table_shows_mean_and_deviation_beside_the_published_numbers(finished)
         mean, sd = statistics.mean(accuracies), statistics.stdev(accuracies)
         assert (cell["mean"], cell["sd"]) == (round(mean, 2), round(sd, 2))
         assert f"{cell['mean']:.2f} ± {cell['sd']:.2f} (2) | {cell['published']:.2f} |" in text
-    assert (out / "cifar100.md").read_text() in text
-    for name in ("cifar100.png", "cifar100_epochs.png"):
+    assert (out / "cifar100,num_heads=2.md").read_text() in text
+    for name in ("cifar100,num_heads=2.png", "cifar100,num_heads=2_epochs.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -85,23 +86,93 @@ def test_what_is_done_is_not_done_again(finished):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")} == times
 
 
+def test_shares_of_the_time_are_those_of_the_records(finished):
+    out, _, text = finished
+    seconds = {
+        path: sum(json.loads(path.read_text()).values()) for path in out.rglob("seconds.json")
+    }
+    assert f"Training took {sum(seconds.values()) / 60:.1f} minutes" in text
+    of_teachers = sum(s for path, s in seconds.items() if path.parent.name == "teacher")
+    assert f"Teacher {of_teachers / sum(seconds.values()):.0%}, " in text
+
+
 def test_tables_of_other_settings_stand_beside_each_other(finished):
     out, flags, _ = finished
-    before = (out / "cifar100.json").read_bytes()
+    before = (out / "cifar100,num_heads=2.json").read_bytes()
     code, _ = run(*flags, "--methods", "mhgd", "--bound", "3", "--rows", "WRN", "--seeds", "1")
     assert code == 0
-    assert (out / "cifar100.json").read_bytes() == before
-    content = json.loads((out / "cifar100,bound=3.0.json").read_text())
-    assert [cell["row"] for cell in content["cells"]] == ["WRN", "WRN"]
+    assert (out / "cifar100,num_heads=2.json").read_bytes() == before
+    content = json.loads((out / "cifar100,num_heads=2,bound=3.0.json").read_text())
+    assert {(cell["row"], cell["method"], cell["n"]) for cell in content["cells"]} >= {
+        ("WRN", "mhgd", 1),
+        ("WRN", "teacher", 2),  # which knows no bound
+    }
     assert content["settings"]["bound"] == 3.0
 
 
-def test_tables_can_be_written_without_training(finished, tmp_path):
-    _, flags, _ = finished
+def test_a_part_of_a_table_leaves_the_rest_in_it(finished):
+    _, flags, text = finished
+    flags = [*flags, "--methods", "student", "mhgd"]
+    for part in (["--seeds", 1], ["--rows", "VGG"], ["--methods", "student"], ["--render-only"]):
+        code, again = run(*flags, *part)
+        assert code == 0
+        assert text.endswith(again)
+
+
+def test_a_seed_counts_once(finished):
+    _, flags, text = finished
+    code, again = run(*flags, "--seeds", 0, 0, 1, "--methods", "student", "mhgd")
+    assert code == 0
+    assert text.endswith(again)
+
+
+def test_tables_can_be_written_without_images_or_training(finished, tmp_path):
+    out, flags, text = finished
+    code, again = run("--out", out, *flags[4:], "--render-only", "--data-dir", "nowhere")
+    assert code == 0
+    assert text.endswith(again)
     code, text = run(*flags, "--out", tmp_path / "empty", "--render-only")
     assert code == 0
     assert "| MHGD | – | 67.02 | – | 72.79 |" in text
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("more", [["--epochs", "7"], ["--epochs", "7", "--render-only"]])
+def test_a_table_of_other_settings_is_refused_and_kept(finished, more):
+    out, flags, _ = finished
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    code, _ = run(*flags, *more)
+    assert "where 7 is wanted. Choose another folder." in code
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+def test_a_damaged_record_is_named(finished, tmp_path):
+    out, flags, _ = finished
+    copy = shutil.copytree(out, tmp_path / "copy")
+    damaged = copy / "CIFAR-100" / "VGG16" / "seed-0" / "teacher" / "record.json"
+    for content in ("{}", damaged.read_text()[:-20]):
+        damaged.write_text(content)
+        code, _ = run(*flags, "--out", copy, "--render-only")
+        assert str(damaged) in code
+        assert "train it again" in code
+
+
+def test_a_cell_that_diverges_is_left_out_and_told(data, tmp_path):
+    flags = ["--data-dir", data, "--out", tmp_path, *TINY, "--learning-rate", "1e30"]
+    flags += ["--epochs", "3", "--rows", "VGG", "--seeds", 0, "--methods", "student"]
+    code, text = run(*flags)
+    assert code.splitlines()[0] == "reproduce.py: cells without a result:"
+    assert "VGG, student, seed 0: The loss of phase 'student' must stay finite" in code
+    assert "| Student | – | 59.97 |" in text
+
+
+def test_every_row_of_the_heads_table_has_its_own_method(data):
+    config = reproduce.Config(data_dir=data, table=("heads",), seeds=(0,), device="cpu")
+    cells = [c for c in reproduce.cells_to_train("heads", config) if c.method != "teacher"]
+    assert [(c.row.title, c.method) for c in cells] == [
+        ("0 heads", "student"), *((f"{n} heads", "mhgd") for n in (1, 2, 4, 8, 16)),
+    ]  # fmt: skip
+    assert [c.workshop.settings.num_heads for c in cells[1:]] == [1, 2, 4, 8, 16]
 
 
 def test_every_cell_of_every_table_can_be_trained(data, tmp_path):
@@ -109,7 +180,7 @@ def test_every_cell_of_every_table_can_be_trained(data, tmp_path):
     for table, rows in PUBLISHED.items():
         folder = tiny if table == "tinyimagenet" else data
         config = reproduce.Config(data_dir=folder, table=(table,), seeds=(0,), device="cpu")
-        cells = list(reproduce.cells_of(table, config))
+        cells = list(reproduce.cells_to_train(table, config))
         assert {(c.row.title, c.method) for c in cells} >= {
             (row.title, method) for row in rows for method in row.published
         }
@@ -161,8 +232,8 @@ def test_killed_at_random_moments_and_side_by_side_nothing_is_lost(data, tmp_pat
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert not list(out.rglob("*.part"))
     assert not list(out.rglob("checkpoint.pt"))
-    content = json.loads((out / "cifar100.json").read_text())
+    content = json.loads((out / "cifar100,num_heads=2.json").read_text())
     assert [cell["n"] for cell in content["cells"]] == [2] * 4
     assert networks(out) == networks(tmp_path / "whole")
-    for name in ("cifar100.json", "cifar100.md"):
+    for name in ("cifar100,num_heads=2.json", "cifar100,num_heads=2.md"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -24,6 +24,7 @@ from parts import files, runs
 from parts.baselines.recipes import RECIPES
 from parts.engine import nesterov, step_decay
 from parts.methods import METHODS, MHGD
+from parts.models import build
 from parts.script import Method, main
 from parts.settings import Settings
 from tinyimagenet_files import tinyimagenet_files
@@ -93,6 +94,7 @@ def test_leaves_records_lines_curves_and_networks(finished):
     out, done = finished
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted(
         [
+            ".lock",
             "curves.png",
             *(
                 f"{folder}/{file}"
@@ -137,6 +139,19 @@ def test_every_script_runs_to_its_end(script, data, tmp_path, monkeypatch):
     done = run(*small, script=script)
     assert done.returncode == 0, done.last_error
     assert len(networks(tmp_path / "out")) == 4
+
+
+def test_every_script_shows_the_networks_of_the_tables():
+    for script in SCRIPTS:
+        size = 64 if "tiny" in script.__file__ else 32
+        experiment = script.EXPERIMENT
+        for name, make in (
+            (experiment.teacher_name, experiment.teacher),
+            (experiment.student_name, experiment.student),
+        ):
+            own, of_table = make(4, 0.1), build(name, 4, 0.1, size)
+            assert own.image_size == size
+            assert repr(own) == repr(of_table)
 
 
 def test_every_script_shows_the_same_sensing_points_in_both_networks():
@@ -337,6 +352,26 @@ def test_a_damaged_archive_is_named(tmp_path):
     assert not list((tmp_path / "out").rglob("*.pt"))
 
 
+def test_a_checkpoint_of_a_cpu_goes_on_elsewhere(data, tmp_path, monkeypatch):
+    flags = ["--data-dir", data, "--out", tmp_path / "out", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "finish", mock.Mock(side_effect=InterruptedRunError("stop")))
+        run(*flags)
+    record = json.loads((tmp_path / "out" / "teacher" / "record.json").read_text())
+    went_on = runs.Run(tmp_path / "out" / "teacher", record["about"], torch.device("cpu"), 0)
+    went_on.device = torch.device("cuda")
+    assert went_on.restore("teacher", {}, torch.Generator()) == 2
+
+
+def test_students_with_a_share_see_images_normalised_as_their_teacher(data, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--data-dir", data, "--out", out, *SMALL, "--student-share", "0.4", "--batch-size"]
+    assert run(*flags, "2", "--method", "fitnet").returncode == 0
+    teacher = json.loads((out / "teacher" / "record.json").read_text())
+    taught = json.loads((out / "VGG7" / "fitnet,student_share=0.4" / "record.json").read_text())
+    assert taught["teacher_accuracy"] == teacher["accuracy"]
+
+
 @pytest.mark.parametrize("file", ["record.json", "model.pt", "checkpoint.pt"])
 def test_a_damaged_file_of_a_run_is_named_and_kept(data, tmp_path, monkeypatch, file):
     flags = ["--data-dir", data, "--out", tmp_path / "out", *SMALL]
@@ -368,18 +403,26 @@ def test_a_folder_in_use_is_refused(data, tmp_path):
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(at_once, data, tmp_path, monkeypatch):
     flags = ["--data-dir", data, "--out", tmp_path / "out", *SMALL, "--checkpoint-seconds", "0"]
-    replace, calls = files.os.fsync, []
+    write, checkpoints = files.write_atomically, []
 
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 4:  # the second checkpoint
+    def full(path, fill):
+        """Leave room for one checkpoint and a half."""
+        checkpoints.extend([path] * (path.name == "checkpoint.pt"))
+        if len(checkpoints) < 2:
+            return write(path, fill)
+
+        def limited(file):
+            fill(buffer := io.BytesIO())
+            file.write(buffer.getvalue()[:1000])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return replace(descriptor)
+
+        return write(path, limited)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
+        patch.setattr(files, "write_atomically", full)
         done = run(*flags)
-    assert done.last_error == "cifar100_vgg.py: [Errno 28] No space left on device"
+    assert "checkpoint.pt could not be written (No space left on device)" in done.last_error
+    assert "run the same command again" in done.last_error
     assert not list(tmp_path.rglob("*.part"))
     assert torch.load(tmp_path / "out" / "teacher" / "checkpoint.pt", weights_only=True)
     assert run(*flags).returncode == 0

@@ -97,9 +97,9 @@ def test_one_process_speaks_and_writes(runs):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--epochs", "3"], "`--out` must be new or hold a run of the same settings; "),  # in both
+        (["--epochs", "3"], "`--out` must be new or hold runs of the same settings; "),  # in both
         (["--batch-size", "5"], "`--batch-size` must be a multiple of 2, the number "),
-        (["--method", "rkd"], "`--method` rkd runs in one process only"),
+        (["--method", "rkd"], "`--method` must be student or a form of MHGD among 2 processes; "),
     ],
 )
 def test_an_error_ends_all_processes_with_one_message(runs, data, flags, error):
@@ -110,6 +110,14 @@ def test_an_error_ends_all_processes_with_one_message(runs, data, flags, error):
     assert err.count("cifar100_vgg.py: ") == err.count(error) == 1
     assert out == ""
     assert record.read_bytes() == before
+
+
+def test_processes_wait_for_each_other_between_networks(data, tmp_path):
+    # The estimators follow the teacher at once: a process ahead must not find it unfinished.
+    code, out, err = torchrun("--data-dir", data, "--out", tmp_path, *SMALL, "--method", "mhgd")
+    assert code == 0, err
+    teacher = json.loads((tmp_path / "teacher" / "record.json").read_text())
+    assert out.count(f"the teacher has {teacher['accuracy']:.2f} %") == 2
 
 
 def test_an_error_of_the_main_process_ends_all(runs, data):

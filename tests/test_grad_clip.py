@@ -530,11 +530,16 @@ def test_a_callable_gate_sees_the_norm_without_the_scale():
     assert [norm.item() for norm in seen] == [2.0**17] * 3
 
 
-def test_the_scale_returns_to_one_after_a_long_peace(monkeypatch):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_scale_returns_to_one_after_a_long_peace(monkeypatch, resumed):
     monkeypatch.setattr("graph_kd._grad_clip.SCALE_GROWTH_INTERVAL", 3)
     params, optimizer, task, good, broken = skip_case(math.nan)
     scales = []
     for transfer in [broken] * 2 + [good] * 7:
+        if resumed:
+            state_dict = optimizer.state_dict()
+            optimizer = GatedGradClip(torch.optim.SGD(params, lr=0.1))
+            optimizer.load_state_dict(state_dict)
         optimizer.zero_grad()
         optimizer.backward(linear(params, task), linear(params, transfer))
         scales.append(optimizer.state_dict().get("transfer_scale", 1.0))

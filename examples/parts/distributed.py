@@ -34,6 +34,7 @@ __all__ = [
     "processes",
     "share_of",
     "sum_over_processes",
+    "wait_for_all",
 ]
 
 TIMEOUT = timedelta(hours=2)  # of a collective call; the first may wait for a download
@@ -152,13 +153,14 @@ def first_on_each_machine() -> Iterator[None]:
     """Run the body in one process of each machine, then in the others: what it caches is there."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        _wait_for_all()
+        wait_for_all()
     yield
     if first:
-        _wait_for_all()
+        wait_for_all()
 
 
-def _wait_for_all() -> None:
+def wait_for_all() -> None:
+    """Return when every process has come here."""
     sum_over_processes(torch.zeros(()))  # `barrier` would occupy a GPU
 
 

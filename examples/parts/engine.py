@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from parts.augment import Normalize, batches, random_crop_flip
@@ -18,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
-__all__ = ["Engine", "accuracy", "nesterov", "step_decay"]
+__all__ = ["DivergedError", "Engine", "accuracy", "nesterov", "step_decay"]
 
 
 def nesterov(params: list[nn.Parameter], learning_rate: float, weight_decay: float = 5e-4) -> SGD:
@@ -29,6 +28,10 @@ def nesterov(params: list[nn.Parameter], learning_rate: float, weight_decay: flo
 def step_decay(optimizer: Optimizer, epochs: int) -> LRScheduler:
     """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs."""
     return MultiStepLR(optimizer, [max(1, round(epochs * part)) for part in (0.3, 0.6, 0.8)])
+
+
+class DivergedError(RuntimeError):
+    """The loss of a phase is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Engine:
             two students see the same batches.
         amp: Type that the models' forward passes run in; None is float32 throughout.
         run_of: Where epochs are written, and where an interrupted run goes on.
+        normalize: What is made of pixels, for all networks alike.
     """
 
     train_set: ImageSet
@@ -51,11 +55,7 @@ class Engine:
     seed: int
     amp: torch.dtype | None
     run_of: Run
-
-    @cached_property
-    def normalize(self) -> Normalize:
-        """What the training images' statistics make of pixels."""
-        return Normalize(self.train_set)
+    normalize: Normalize
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +119,7 @@ class Engine:
                 mean = mean_over_processes(torch.stack(losses).mean())
                 mean_loss = mean.item()  # waits for the device
                 if not math.isfinite(mean_loss):
-                    raise RuntimeError(
+                    raise DivergedError(
                         f"The loss of phase {phase!r} must stay finite; it was {mean_loss} in "
                         f"epoch {epoch + 1}. Lower the learning rate."
                     )

@@ -50,7 +50,7 @@ def _commit() -> str | None:
             ).stdout.strip()
             for command in (
                 ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no"],
+                ["status", "--porcelain", "--", ":/src", ":/examples"],
             )
         )
     except (OSError, subprocess.CalledProcessError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -29,6 +30,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path`` and put it in place when it is done.
 
     Among several processes the main one does, the others do nothing.
+
+    Raises:
+        OSError: it can not be written, for want of room or rights; what was there is kept.
     """
     if not is_main():
         return
@@ -40,8 +44,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink()
+            if isinstance(error, OSError) and error.errno is not None:
+                raise OSError(
+                    error.errno,
+                    f"{path} could not be written ({error.strerror}); what was there is kept. Make "
+                    "room for it, and run the same command again",
+                ) from error
             raise
     Path(file.name).replace(path)
 
@@ -54,7 +64,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain types so that ``weights_only`` loads them."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()  # torch turns an error of a file into one of its own that says nothing
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_tensors(path: Path, keys: tuple[str, ...], *, name: str, fix: str = "") -> dict[str, Any]:
@@ -71,7 +83,9 @@ def load_tensors(path: Path, keys: tuple[str, ...], *, name: str, fix: str = "")
         ValueError: it is not one of these files, or damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`{name}` must be a checkpoint file; there is none at {path}.")
+        raise FileNotFoundError(
+            f"`{name}` must be a checkpoint file; there is none at {path}.{fix}"
+        )
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return {key: content[key] for key in keys} | content
@@ -79,6 +93,7 @@ def load_tensors(path: Path, keys: tuple[str, ...], *, name: str, fix: str = "")
         OSError,
         EOFError,
         KeyError,
+        IndexError,
         TypeError,
         RuntimeError,
         ValueError,
@@ -97,7 +112,9 @@ def save_model(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
     save_tensors(path, {"about": about, "model": model.state_dict()})
 
 
-def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str) -> None:
+def load_model(
+    path: Path, model: nn.Module, about: dict[str, Any], *, name: str, fix: str = ""
+) -> None:
     """Fill ``model`` from a checkpoint; ``model`` is untouched if it does not fit.
 
     Args:
@@ -105,12 +122,13 @@ def load_model(path: Path, model: nn.Module, about: dict[str, Any], *, name: str
         model: The model to fill.
         about: What the checkpoint has to say of itself, among other things.
         name: What the user calls the path, for messages.
+        fix: What can be done where it is missing or damaged.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, or one of another model.
     """
-    content = load_tensors(path, ("about", "model"), name=name)
+    content = load_tensors(path, ("about", "model"), name=name, fix=fix)
     saved_about, state = content["about"], content["model"]
     for key, value in about.items():
         if saved_about.get(key) != value:

@@ -123,13 +123,14 @@ def train_student(
 
         if recipe.schedule == "initialise":
             _initialise(student, module, transfer_loss, engine, settings)
-            train_alone("student", student, settings.epochs, engine, settings)
         elif recipe.gated:
             return _gated(student, recipe, module, both, engine, experiment, settings)
         else:
             if isinstance(module, FactorTransfer):
                 _prepare(module, both, engine, settings)
             _together(student, teacher, recipe, module, both, engine, settings)
+    if recipe.schedule == "initialise":
+        train_alone("student", student, settings.epochs, engine, settings)
     return {}
 
 
@@ -269,10 +270,13 @@ def _initialise(
 
 def _prepare(module: FactorTransfer, both: Both, engine: Engine, settings: Settings) -> None:
     """Epochs of the paraphraser on the teacher alone."""
-    # The program's decay is 5e-4 |w|² without the usual half, as the estimators'.
-    optimizer = nesterov(
-        list(module.paraphraser.parameters()), settings.learning_rate, weight_decay=1e-3
-    )
+    # The program's decay is 5e-4 |w|² of the kernels, without the usual half.
+    kernels: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, param in module.paraphraser.named_parameters():
+        (biases if name.endswith("bias") else kernels).append(param)
+    optimizer = nesterov(kernels, settings.learning_rate, weight_decay=1e-3)
+    optimizer.add_param_group({"params": biases, "weight_decay": 0.0})
     _descend(
         "paraphraser",
         settings.first_epochs,

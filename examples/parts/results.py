@@ -11,14 +11,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from parts.files import write_atomically, write_json
-from parts.methods import title_of
+from parts.methods import METHODS, MHGD, title_of
 from parts.plots import save
 from parts.poster import Row
+from parts.runs import hold
 from parts.workshop import Workshop
 
-__all__ = ["Cell", "write_results"]
+__all__ = ["Cell", "shares_of_time", "write_results"]
 
-NOT_TOLD = ("seed", "method", "teacher", "student", "gate", "images")  # by the line of settings
+OF_A_CELL = ("seed", "method", "teacher", "student", "images")  # told by the table itself
 
 
 @dataclass(frozen=True)
@@ -31,51 +32,67 @@ class Cell:
     workshop: Workshop
 
     def record(self) -> dict[str, Any] | None:
-        """Return its record, if it is finished and of these settings."""
-        path = self.workshop.folder(self.method) / "record.json"
-        if not path.exists():
-            return None
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not record["finished"] or record["about"] != self.workshop.about(self.method):
-            return None  # `Workshop.train` says why
-        return record
+        """Return its record, if it is finished."""
+        return self.workshop.record(self.method)
 
 
-def write_results(out: Path, table: str, cells: Sequence[Cell]) -> str:
-    """Write Markdown, JSON and pictures of all finished cells of a table; return the Markdown."""
+def shares_of_time(cells: Sequence[Cell]) -> str:
+    """Say how long training took, without evaluation, and what share each method had in it."""
+    title_at: dict[Path, str] = {}  # rows may share networks
+    for cell in cells:
+        title_at[cell.workshop.folder(cell.method)] = title_of(cell.method)
+        if cell.method in MHGD:
+            title_at[cell.workshop.folder("estimators")] = "estimators"
+    seconds: dict[str, float] = {}
+    for folder, title in title_at.items():
+        if (path := folder / "seconds.json").exists():
+            phases = json.loads(path.read_text(encoding="utf-8"))
+            seconds[title] = seconds.get(title, 0.0) + sum(phases.values())
+    total = sum(seconds.values())
+    shares = ", ".join(f"{title} {part / total:.0%}" for title, part in seconds.items())
+    return f"Training took {total / 60:.1f} minutes of one process. {shares}"
+
+
+def write_results(out: Path, name: str, rows: Sequence[Row], cells: Sequence[Cell]) -> str:
+    """Write Markdown, JSON and pictures of the finished cells of a table; return the Markdown.
+
+    Args:
+        out: Folder.
+        name: Name of the files, and of the table.
+        rows: The poster's rows, of which those without a finished cell are left out.
+        cells: All cells that may be finished.
+    """
     done: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
         if (record := cell.record()) is not None:
             done.setdefault((cell.row.title, cell.method), []).append(record)
-    rows = list(dict.fromkeys(cell.row.title for cell in cells))
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    published = {(c.row.title, m): a for c in cells for m, a in c.row.published.items()}
-    numbers = {key: _summary(records) for key, records in done.items()}
-    name = ",".join([table, *_changed(cells)])
-    text = _markdown(table, rows, methods, numbers, published, done)
-    write_json(
-        out / f"{name}.json",
-        {
-            "table": table,
-            "settings": _settings(done),
-            "environments": _environments(done),
-            "cells": [
-                {"row": row, "method": method, **summary, "published": published.get((row, method))}
-                for (row, method), summary in numbers.items()
-            ],
-        },
-    )
-    write_atomically(out / f"{name}.md", lambda file: file.write(text.encode()))
-    if numbers:
-        save(_bars(rows, methods, numbers, published), out / f"{name}.png")
-        save(_epochs(rows, done), out / f"{name}_epochs.png")
+    shown = [row for row in rows if any(row.title == title for title, _ in done)] or list(rows)
+    published = {(row.title, m): a for row in shown for m, a in row.published.items()}
+    present = {method for row in shown for method in row.published} | {m for _, m in done}
+    methods = [method for method in ("teacher", *METHODS) if method in present]
+    numbers = {
+        (row.title, method): _summary(done[row.title, method])
+        for row in shown
+        for method in methods
+        if (row.title, method) in done
+    }
+    titles_of_rows = [row.title for row in shown]
+    text = _markdown(name, titles_of_rows, methods, numbers, published, done)
+    content = {
+        "table": name,
+        "settings": _settings(done),
+        "environments": _environments(done),
+        "cells": [
+            {"row": row, "method": method, **summary, "published": published.get((row, method))}
+            for (row, method), summary in numbers.items()
+        ],
+    }
+    with hold(out, wait=True):
+        write_json(out / f"{name}.json", content)
+        write_atomically(out / f"{name}.md", lambda file: file.write(text.encode()))
+        save(_bars(titles_of_rows, methods, numbers, published), out / f"{name}.png")
+        save(_epochs(titles_of_rows, methods, done), out / f"{name}_epochs.png")
     return text
-
-
-def _changed(cells: Sequence[Cell]) -> list[str]:
-    """Return what tells this table from another one in the same folder."""
-    marks = cells[0].workshop.folder("mhgd").name.split(",")[1:]
-    return [mark for mark in marks if not mark.startswith("num_heads")]
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -92,11 +109,17 @@ def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _settings(done: dict[Any, list[dict[str, Any]]]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
+    """Return the settings that all cells have which have them at all."""
+    found: dict[str, list[Any]] = {}
     for records in done.values():
         for record in records:
-            settings |= record["about"]
-    return {key: value for key, value in settings.items() if key not in NOT_TOLD}
+            for key, value in record["about"].items():
+                found.setdefault(key, []).append(value)
+    return {
+        key: values[0]
+        for key, values in found.items()
+        if key not in OF_A_CELL and all(value == values[0] for value in values)
+    }
 
 
 def _environments(done: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -110,7 +133,7 @@ def _environments(done: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]
 
 
 def _markdown(
-    table: str,
+    name: str,
     rows: list[str],
     methods: list[str],
     numbers: dict[tuple[str, str], dict[str, Any]],
@@ -133,7 +156,7 @@ def _markdown(
     )
     body = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return (
-        f"Table `{table}`: accuracy after the last epoch, %, mean ± standard deviation (n).\n\n"
+        f"Table `{name}`: accuracy after the last epoch, %, mean ± standard deviation (n).\n\n"
         f"{body}\nSettings: {said}. Measured with {where}.\n"
     )
 
@@ -177,18 +200,22 @@ def _bars(
     return figure
 
 
-def _epochs(rows: list[str], done: dict[tuple[str, str], list[dict[str, Any]]]) -> Figure:
+def _epochs(
+    rows: list[str], methods: list[str], done: dict[tuple[str, str], list[dict[str, Any]]]
+) -> Figure:
     """Draw the accuracy over epochs of each method, the mean of its seeds."""
     figure = Figure(figsize=(5.2 * len(rows), 4.6), layout="constrained")
     for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        for number, (method, records) in enumerate(
-            (m, r) for (t, m), r in done.items() if t == row
-        ):
+        for number, method in enumerate(m for m in methods if (row, m) in done):
             curves = [
-                [e["test_accuracy"] for p in r["phases"].values() for e in p["epochs"]
-                 if "test_accuracy" in e]
-                for r in records
-            ]  # fmt: skip
+                [
+                    epoch["test_accuracy"]
+                    for phase in record["phases"].values()
+                    for epoch in phase["epochs"]
+                    if "test_accuracy" in epoch
+                ]
+                for record in done[row, method]
+            ]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             style = "--" if method == "teacher" else "-" if number <= 10 else ":"
             axes.plot(range(1, len(means) + 1), means, style, label=title_of(method))

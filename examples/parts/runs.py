@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
-from parts.distributed import is_main
+from parts.distributed import is_main, wait_for_all
 from parts.environment import environment
 from parts.files import load_tensors, save_tensors, write_atomically, write_json
 
-__all__ = ["Run", "Stateful", "hold"]
+__all__ = ["Run", "Stateful", "hold", "read_record"]
 
 
 class Stateful(Protocol):
@@ -57,16 +57,13 @@ class Run:
         self._saved_at = time.monotonic()
         self._seconds: dict[str, float] = {}
         self._checkpoint: dict[str, Any] | None = None
-        about = json.loads(json.dumps(about))  # as a file would give it back
         self.content: dict[str, Any] = {
             "about": about,
             "environment": environment(device),
             "finished": False,
             "phases": {},
         }
-        earlier = self._read_record()
-        if earlier is not None:
-            self._check_same(earlier["about"], about)
+        earlier = read_record(folder, about)
         if earlier is not None and earlier["finished"]:
             self.content = earlier
             self._drop_checkpoint()  # it was killed between the record and this
@@ -97,7 +94,7 @@ class Run:
             part.load_state_dict(self._checkpoint["state"][name])
         order.set_state(self._checkpoint["order"])
         torch.set_rng_state(self._checkpoint["random"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "random_cuda" in self._checkpoint:  # else it was on a CPU
             torch.cuda.set_rng_state(self._checkpoint["random_cuda"], self.device)
         return len(self.phase(phase)["epochs"])
 
@@ -129,6 +126,7 @@ class Run:
         self.content |= {"finished": True, **result}
         write_json(self.folder / "record.json", self.content)
         self._drop_checkpoint()
+        wait_for_all()  # or another process finds the folder unfinished, and trains in it
 
     def _drop_checkpoint(self) -> None:
         if is_main():
@@ -148,28 +146,6 @@ class Run:
         save_tensors(self.folder / "checkpoint.pt", checkpoint)
         self._saved_at = time.monotonic()
 
-    def _read_record(self) -> dict[str, Any] | None:
-        path = self.folder / "record.json"
-        if not path.exists():
-            return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {key: record[key] for key in ("about", "finished")} | record
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`{path}` must be the record of a run of these examples; it is not "
-                f"({type(error).__name__}: {error}). Move it away to begin anew."
-            ) from error
-
-    def _check_same(self, earlier: dict[str, Any], about: dict[str, Any]) -> None:
-        other = [k for k in {**earlier, **about} if earlier.get(k) != about.get(k)]
-        if other:
-            raise ValueError(
-                f"`--out` must be new or hold a run of the same settings; {self.folder} holds one "
-                f"with {other[0]} = {earlier.get(other[0])!r}, where {about.get(other[0])!r} is "
-                "wanted. Choose another folder."
-            )
-
     def _go_on(self) -> None:
         """Read where the run stands, and let the files say the same."""
         path, environment_now = self.folder / "checkpoint.pt", self.content["environment"]
@@ -181,7 +157,7 @@ class Run:
                 fix=" Delete it to begin this run anew.",
             )
             content = json.loads(self._checkpoint["record"])
-            self._check_same(content["about"], self.content["about"])
+            _check_same(self.folder, content["about"], self.content["about"])
             self.content, self._seconds = content, self._checkpoint["seconds"]
             if environment_now not in (
                 content["environment"],
@@ -199,8 +175,38 @@ class Run:
         )
 
 
+def read_record(folder: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record in a folder, finished or not; None where there is none.
+
+    Raises:
+        ValueError: it is of a run that differs in one of ``about``, or damaged.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        earlier, _ = record["about"], record["finished"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{path}` must be the record of a run of these examples; it is not "
+            f"({type(error).__name__}: {error}). Move its folder away to train it again."
+        ) from error
+    _check_same(folder, earlier, about)
+    return record
+
+
+def _check_same(folder: Path, earlier: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    for key, value in about.items():
+        if earlier.get(key) != value:
+            raise ValueError(
+                f"`--out` must be new or hold runs of the same settings; {folder} holds one with "
+                f"{key} = {earlier.get(key)!r}, where {value!r} is wanted. Choose another folder."
+            )
+
+
 @contextmanager
-def hold(folder: Path) -> Iterator[bool]:
+def hold(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a folder, so that no other process works in it; yield whether it could be had.
 
     The operating system lets go of it when the process ends, however it ends.
@@ -211,7 +217,7 @@ def hold(folder: Path) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout:
         yield False
         return

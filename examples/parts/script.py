@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from parts.baselines.recipes import RECIPES
 from parts.config import flag, parse
-from parts.distributed import end_all, is_main, processes
+from parts.distributed import end_all, is_main, num_processes, processes
 from parts.methods import title_of
 from parts.plots import plot_curves
+from parts.runs import hold
 from parts.settings import Experiment, Settings
 from parts.workshop import Workshop
 
@@ -63,6 +65,12 @@ def run(experiment: Experiment, config: Config) -> dict[str, float]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = True
+    alone = [method for method in config.method if method in RECIPES]
+    if alone and num_processes() > 1:
+        raise ValueError(
+            f"`--method` must be student or a form of MHGD among {num_processes()} processes; got "
+            f"{alone[0]}. Run it without torchrun."
+        )
     workshop = Workshop(experiment, config.with_(), config.seed, config.out)
     records = {}
     for name in ("teacher", *dict.fromkeys(config.method)):  # each once
@@ -71,5 +79,6 @@ def run(experiment: Experiment, config: Config) -> dict[str, float]:
             raise ValueError(f"`--out` must be a folder of one process; {config.out} is in use.")
         records[experiment.teacher_name if name == "teacher" else title_of(name)] = record
     if is_main():
-        plot_curves(config.out / "curves.png", records)
+        with hold(config.out, wait=True):
+            plot_curves(config.out / "curves.png", records)
     return {name: record["accuracy"] for name, record in records.items()}

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from parts.augment import batches
+from parts.augment import Normalize, batches
 from parts.baselines.recipes import RECIPES
 from parts.batch_norm import synchronise_batch_norm
 from parts.data import ImageSet
-from parts.distributed import first_on_each_machine, num_processes
+from parts.distributed import first_on_each_machine
 from parts.engine import Engine
 from parts.files import load_model
 from parts.methods import MHGD, train_alone, train_estimators, train_student
 from parts.network import Network
-from parts.runs import Run, hold
+from parts.runs import Run, hold, read_record
 from parts.settings import Experiment, Settings, Squash
 from torch import nn
 
@@ -88,23 +88,41 @@ class Workshop:
 
     def folder(self, name: str) -> Path:
         """Return the folder of a network."""
-        of_folder = [
-            f"{field}={getattr(self.settings, field)}"
-            for field in self._marks(name)
-            if getattr(self.settings, field) != getattr(DEFAULTS, field)
-        ]
         above = self.root
         if name not in ("teacher", "estimators"):
             above /= self.experiment.student_name
-        return above / ",".join([name, *of_folder])
+        return above / ",".join([name, *self.marks(name)])
+
+    def marks(self, name: str) -> list[str]:
+        """Return what tells a network from others of one workshop: settings not the default."""
+        return [
+            f"{field}={value}"
+            for field in self._fields(name)
+            if (value := getattr(self.settings, field)) != getattr(DEFAULTS, field)
+        ]
 
     def about(self, name: str) -> dict[str, Any]:
         """Return all that makes a network what it is, plain types."""
+        images = self._images
+        return self.about_without_images(name) | {
+            "images": images.digest,
+            "classes": images.train.num_classes,
+        }
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Return the record of a network, if it is finished; the images are not looked at.
+
+        Raises:
+            ValueError: the folder holds a run of other settings, or a damaged file.
+        """
+        record = read_record(self.folder(name), self.about_without_images(name))
+        return record if record is not None and record["finished"] else None
+
+    def about_without_images(self, name: str) -> dict[str, Any]:
+        """Return what can be said without reading the data set."""
         settings = self.settings
         about: dict[str, Any] = {
             "data": self.settings.data_name or self.experiment.data_name,
-            "images": self._images.digest,
-            "classes": self._images.train.num_classes,
             "teacher": self.experiment.teacher_name,
             "seed": self.seed,
             "batch_size": settings.batch_size,
@@ -112,7 +130,7 @@ class Workshop:
             "width": settings.width,
             "amp": settings.amp,
         }
-        about |= {field: getattr(settings, field) for field in self._marks(name)}
+        about |= {field: getattr(settings, field) for field in self._fields(name)}
         if name == "teacher":
             about["teacher_epochs"] = self._teacher_epochs
         else:
@@ -127,16 +145,16 @@ class Workshop:
         epochs = self.settings.teacher_epochs
         return self.settings.epochs if epochs is None else epochs
 
-    def _marks(self, name: str) -> list[str]:
+    def _fields(self, name: str) -> list[str]:
         """Return the settings that tell networks of one workshop apart."""
-        marks = ["split"]
+        fields = ["split"]
         if name != "teacher":
-            marks.append("student_share")
+            fields.append("student_share")
         if name == "estimators" or name in MHGD:
-            marks.append("num_heads")
+            fields.append("num_heads")
         if name in MHGD:
-            marks += ["gate", "bound"]
-        return marks
+            fields += ["gate", "bound"]
+        return fields
 
     def _needs(self, name: str) -> tuple[str, ...]:
         if name == "estimators":
@@ -155,17 +173,13 @@ class Workshop:
 
     def _train(self, name: str, run: Run) -> None:
         settings = self.settings
-        if num_processes() > 1 and name in RECIPES:
-            raise ValueError(
-                f"`--method` {name} runs in one process only: its loss is not the mean of those "
-                f"of parts of a batch; got {num_processes()} processes."
-            )
         train_set, test_set, _ = self._images
         if name != "teacher":
             train_set = train_set.take_share(settings.student_share)
         batches(train_set, settings.batch_size, torch.Generator())  # too few images fail here
+        normalize = Normalize(self._images.train)  # the same where students have a share of them
         engine = Engine(
-            train_set, test_set, settings.batch_size, self.seed, settings.amp_dtype, run
+            train_set, test_set, settings.batch_size, self.seed, settings.amp_dtype, run, normalize
         )
         if name == "teacher":
             model, result = self._teacher(engine)
@@ -225,7 +239,9 @@ class Workshop:
 
     def _take(self, name: str, module: nn.Module) -> None:
         """Fill a module with what an earlier run has trained."""
-        load_model(self.folder(name) / "model.pt", module, self.about(name), name=name)
+        folder = self.folder(name)
+        fix = f" Delete {folder} to train it again."
+        load_model(folder / "model.pt", module, self.about(name), name=name, fix=fix)
 
 
 @lru_cache(maxsize=2)  # a table's workshops share one or two

@@ -199,13 +199,15 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state_dict: either of the two loads it.
 
-        After an overflow in float16 it has one entry more, "transfer_scale"; see the class.
+        After an overflow in float16 it has two entries more, "transfer_scale" and
+        "steps_since_overflow"; see the class.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.optimizer.state_dict()
         if self._scale != 1:
             state_dict["transfer_scale"] = self._scale
+            state_dict["steps_since_overflow"] = self._steps_since_overflow
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -219,6 +221,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
             state_dict = state_dict if changed is None else changed
         self.optimizer.load_state_dict(state_dict)
         self._scale = state_dict.get("transfer_scale", 1.0)
+        self._steps_since_overflow = state_dict.get("steps_since_overflow", 0)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

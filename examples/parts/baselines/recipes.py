@@ -13,9 +13,7 @@ from parts.baselines.relation import RelationalKD
 from parts.baselines.shared import FSP, KDSVD, KDSVDF
 from torch import Tensor, nn
 
-__all__ = ["FIRST_EPOCHS", "RECIPES", "Outputs", "Recipe"]
-
-FIRST_EPOCHS = 40  # of the schedules "initialise" and "prepare", before those of the task
+__all__ = ["RECIPES", "Outputs", "Recipe"]
 
 Build = Callable[[Sequence[int], Sequence[int]], nn.Module]
 
@@ -47,9 +45,9 @@ class Recipe:
     The schedules:
 
     - ``together``: every step on ``task_weight`` · task + ``weight`` · loss.
-    - ``initialise``: `FIRST_EPOCHS` on ``weight`` · loss alone, where weight decay takes only the
+    - ``initialise``: 40 epochs on ``weight`` · loss alone, where weight decay takes only the
       weights that the loss reaches; then the task alone, with fresh momentum.
-    - ``prepare``: `FIRST_EPOCHS` on ``paraphraser_loss``, in which the student rests; then as
+    - ``prepare``: 40 epochs on ``paraphraser_loss``, in which the student rests; then as
       ``together``.
     - ``mutual``: as ``together``, for two networks of which neither was trained before.
 
