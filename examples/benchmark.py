@@ -27,7 +27,7 @@ from parts.bench_growth import measure_growth
 from parts.bench_step import measure_step
 from parts.bench_tables import plot_vectors, tables
 from parts.bench_vectors import Point, measure_vectors, small_gaps
-from parts.config import check_above_zero, check_at_least, flag, parse, plain
+from parts.config import check_above_zero, check_at_least, check_device, flag, parse, plain
 from parts.data import ImageSet, load_cifar100
 from parts.engine import nesterov
 from parts.environment import environment
@@ -62,12 +62,7 @@ class Config:
     def __post_init__(self) -> None:
         check_at_least(self, train_steps=1, batch_size=2, repeats=1, threads=1)
         check_above_zero(self, "width")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"`--device` must be one of this machine; got {self.device}."
-            ) from error
+        check_device(self)
 
 
 def digits() -> ImageSet:

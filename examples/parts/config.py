@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from parts.distributed import fails_first
 
-__all__ = ["check_above_zero", "check_at_least", "flag", "parse", "plain"]
+__all__ = ["check_above_zero", "check_at_least", "check_device", "flag", "parse", "plain"]
 
 C = TypeVar("C")
 
@@ -66,6 +67,14 @@ def check_above_zero(config: Any, *names: str) -> None:
         got = getattr(config, name)
         if not got > 0:
             raise ValueError(f"`--{name.replace('_', '-')}` must be > 0; got {got}.")
+
+
+def check_device(config: Any) -> None:
+    """Refuse a config whose device this machine does not have."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be one of this machine; got {config.device}.") from error
 
 
 def plain(config: Any) -> dict[str, Any]:

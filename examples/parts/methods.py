@@ -122,7 +122,7 @@ def train_student(
             return recipe.loss(module, *both(images))
 
         if recipe.schedule == "initialise":
-            _initialise(student, module, transfer_loss, engine, settings)
+            _initialise(student, recipe, module, transfer_loss, engine, settings)
         elif recipe.gated:
             return _gated(student, recipe, module, both, engine, experiment, settings)
         else:
@@ -251,6 +251,7 @@ def _together(
 
 def _initialise(
     student: Network,
+    recipe: Recipe,
     module: nn.Module,
     transfer_loss: Callable[[Tensor], Tensor],
     engine: Engine,
@@ -262,7 +263,7 @@ def _initialise(
         "initialise",
         settings.first_epochs,
         lambda images, _labels: transfer_loss(images),
-        nesterov(params, settings.learning_rate),
+        nesterov(params, recipe.first_rate * settings.learning_rate),
         engine,
         others={"student": student, "module": module},
     )

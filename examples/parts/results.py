@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from parts.files import write_atomically, write_json
 from parts.methods import METHODS, MHGD, title_of
@@ -156,7 +157,8 @@ def _markdown(
     )
     body = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return (
-        f"Table `{name}`: accuracy after the last epoch, %, mean ± standard deviation (n).\n\n"
+        f"Table `{name}`: accuracy after the last epoch, %, mean ± standard deviation (n). "
+        "Published are the poster's numbers, on all of its data set at full width.\n\n"
         f"{body}\nSettings: {said}. Measured with {where}.\n"
     )
 
@@ -175,8 +177,8 @@ def _bars(
     published: dict[tuple[str, str], float],
 ) -> Figure:
     """Draw measured means with error bars, and the published numbers beside them."""
-    figure = Figure(figsize=(5.2 * len(rows), 0.42 * len(methods) + 1.4), layout="constrained")
-    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+    figure, all_axes = _panels(len(rows), height=0.42 * len(methods) + 1.4)
+    for axes, row in zip(all_axes, rows, strict=True):
         for place, method in enumerate(methods):
             if summary := numbers.get((row, method)):
                 axes.barh(
@@ -194,7 +196,7 @@ def _bars(
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     entries: dict[str, Any] = {}  # each once
-    for axes in figure.axes:
+    for axes in all_axes:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -204,8 +206,8 @@ def _epochs(
     rows: list[str], methods: list[str], done: dict[tuple[str, str], list[dict[str, Any]]]
 ) -> Figure:
     """Draw the accuracy over epochs of each method, the mean of its seeds."""
-    figure = Figure(figsize=(5.2 * len(rows), 4.6), layout="constrained")
-    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+    figure, all_axes = _panels(len(rows), height=4.6)
+    for axes, row in zip(all_axes, rows, strict=True):
         for number, method in enumerate(m for m in methods if (row, m) in done):
             curves = [
                 [
@@ -217,10 +219,21 @@ def _epochs(
                 for record in done[row, method]
             ]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            style = "--" if method == "teacher" else "-" if number <= 10 else ":"
+            style = "--" if method == "teacher" else "-" if number < 10 else ":"
             axes.plot(range(1, len(means) + 1), means, style, label=title_of(method))
         axes.set(xlabel="epoch", ylabel="accuracy, %", title=row)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small", frameon=False)
     return figure
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each row of a table, up to three side by side."""
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(5.2 * columns, height * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for empty in panels[count:]:
+        empty.set_axis_off()
+    return figure, panels[:count]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from parts.config import check_above_zero, check_at_least, flag
+from parts.config import check_above_zero, check_at_least, check_device, flag
 from parts.data import ImageSet
 from parts.distributed import check_divisible
 from parts.network import Network
@@ -52,12 +52,7 @@ class Settings:
         check_above_zero(self, "bound", "learning_rate", "width", "student_share")
         if self.student_share > 1:
             raise ValueError(f"`--student-share` must be ≤ 1; got {self.student_share}.")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"`--device` must be one of this machine; got {self.device}."
-            ) from error
+        check_device(self)
         check_divisible(self.batch_size, self.device)
 
     @property

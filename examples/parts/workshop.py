@@ -137,6 +137,8 @@ class Workshop:
             about["first_epochs"] = settings.first_epochs
         if name not in ("teacher", "estimators"):
             about["epochs"] = settings.epochs
+            if name in RECIPES and RECIPES[name].first_rate != 1:
+                about["first_rate"] = RECIPES[name].first_rate
             about |= {"student": self.experiment.student_name, "method": name}
         return about
 
