@@ -59,7 +59,10 @@ def processes() -> Iterator[None]:
     else:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
-    dist.destroy_process_group()  # not after an error: it may wait for the others
+    wait_for_all()  # the main process may still be drawing; not after an error, of course
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo that outlive the interpreter abort a tidy end, now and then
 
 
 def all_processes() -> dist.ProcessGroup | None:
