@@ -3,7 +3,7 @@ r"""What the method costs: singular vectors, a whole step, growth over the batch
     python examples/benchmark.py --out runs/benchmark
     python examples/benchmark.py --device cuda --out runs/benchmark_cuda
 
-On two CPU cores the first takes some 25 minutes (``--part`` takes one or two of the three). Four
+On two CPU cores the first takes some 15 minutes (``--part`` takes one or two of the three). Four
 networks at full width (VGG16, VGG7, WRN-22-4, WRN-10-4) are first trained for ``--train-steps`` on
 scikit-learn's digits at 32×32, or on CIFAR-100 with ``--data-dir``, so that the maps are those of
 networks that have learnt; they are kept in ``--out``. All that is compared takes its turn in every

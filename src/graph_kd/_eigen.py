@@ -30,8 +30,8 @@ ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
 LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
-STEEP = 32.0  # ratio of eigenvalues up to which the smaller one is not lost in a Gram matrix
-LOG_SPREAD = 12.0  # of the growth in the first filter; at 16 rounding makes its rows dependent
+STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
+LOG_SPREAD = 12.0  # of the growth in the first filter, below float32's 16: rows stay independent
 ITERATIONS = 48  # of the conjugate gradients at most
 RESIDUAL = 1e-4  # of the conjugate gradients, relative
 
