@@ -16,6 +16,7 @@ POINTS = [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (32, 32, 64), (8,
 SPECTRA = {
     "slow": lambda size: 1.015 ** -torch.arange(size, dtype=torch.float64),
     "fast": lambda size: 0.4 ** torch.arange(size, dtype=torch.float64).clamp(max=8),
+    "plateau": lambda size: 1.02 ** -torch.arange(size, dtype=torch.float64).clamp(max=4),
     "one dominates": lambda size: torch.cat(
         [torch.tensor([10.0]).double(), 1.02 ** -torch.arange(size - 1, dtype=torch.float64)]
     ),
@@ -123,6 +124,46 @@ def test_values_lost_in_a_gram_matrix_are_found_in_the_map():
     assert not hard.any()
     cosine = (vectors.double() * right[:, :4]).sum(dim=-1).abs()
     assert (1 - cosine).max() <= 1e-6
+
+
+def steps(size):
+    """Return values in threes, 1.1 % apart, a factor of 1.5 between one three and the next."""
+    i = torch.arange(size, dtype=torch.float64)
+    return 1.5 ** -(i // 3) * 1.011 ** -(i % 3)
+
+
+def test_the_first_filter_loses_no_wanted_vector():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(1500, 64, 64, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(basis)
+    gram = (basis * steps(64).square()) @ basis.mT
+    block = _eigen._first_block(gram.float(), 8, 4).double()
+    orthonormal, _ = torch.linalg.qr(block.mT)
+    inside = (basis[..., :4].mT @ orthonormal).square().sum(dim=-1)
+    assert inside.min() > 1e-4
+
+
+def test_a_value_hidden_in_a_vector_that_has_not_converged_is_looked_for():
+    values = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, *[0.1] * 19])
+    block = torch.eye(24)[[0, 1, 2, 4, 5, 6, 7, 8]]
+    for share, hidden in [(0.0, False), (0.8, True)]:
+        block[4, [3, 23]] = torch.tensor([share, 1.0])
+        block[4, 5] = 0
+        pairs, angle, worth_more = _eigen._ritz(values.diag()[None], block[None], 4)
+        # The fifth vector has converged, and so has what is taken for the fourth.
+        torch.testing.assert_close(pairs.values[0, 3], torch.tensor(0.6))
+        assert bool(pairs.found) is not hidden
+        assert bool(worth_more) is hidden
+        assert float(angle.max()) == (1 if hidden else 0)
+
+
+def test_vectors_of_all_pairs_have_unit_length():
+    matrix, _ = matrix_of(steps(16).tolist(), 16, 64)
+    lengths = torch.linalg.vector_norm(SVDFeature(4)(matrix.float()).double(), dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-7)
+    matrix, _ = matrix_of(steps(16).tolist(), 64, 16)
+    lengths = torch.linalg.vector_norm(SVDFeature(4)(matrix.float()).double(), dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-7)
 
 
 @points

@@ -29,6 +29,7 @@ ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its 
 ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
 LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
+SHORT = 1e-5  # part of a row independent of those before it that one Cholesky factor can resolve
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
 LOG_SPREAD = 12.0  # of the growth in the first filter, below float32's 16: rows stay independent
@@ -70,6 +71,7 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
         values, vectors = _eigenpairs(gram)
         if _steep(values, count):
             values, vectors = _eigenpairs(_gram_in_float64(matrix))
+        vectors = torch.nn.functional.normalize(vectors, dim=-1)  # LAPACK leaves 1e-6 of length
         return LeadingPairs(values, vectors, values[:, count - 1] > TOLERANCE**2 * values[:, 0])
 
     pairs, angle, worth_more = _ritz(gram, _first_block(gram, kept, count), count)
@@ -174,7 +176,9 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
 
     By a filter of as high a degree as leaves them independent: a flat spectrum takes more than one
     in which few values dominate. The factor of Cholesky orders the rows, so that the one after the
-    wanted ones tells where the filter may begin; an edge too low only slows it down.
+    wanted ones tells where the filter may begin. An edge too low slows it down; one too high could
+    put a wanted value on a root of the polynomial, where all trace of its vector would be lost:
+    two rows take the degree before, which has no root in common with it.
     """
     start = repeat(_start(kept, gram.shape[-1]).to(gram), "p s -> b p s", b=len(gram))
     block = _orthonormal(start @ gram @ gram)
@@ -182,21 +186,35 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     largest = lengths.topk(count + 1, dim=1).values
     top, edge = largest[:, :1], largest[:, -1:]
     degree = int((LOG_SPREAD / _growth(top / edge)).median().clamp(2, DEGREE))
-    return _chebyshev(gram, block, edge, degree)
+    rows, before = _chebyshev(gram, block, edge, degree)
+    rows[:, -EXTRA // 2 :] = before[:, -EXTRA // 2 :]
+    return rows
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormalise ``b p s`` by a Cholesky factor of their Gram matrix."""
+    """Orthonormalise ``b p s`` by a Cholesky factor of their Gram matrix, twice where it is needed.
+
+    Rows that a filter has left all but dependent come out of the first too short, and their values
+    too small: what lies outside the subspace would seem farther away than it is.
+    """
     wide = rows.double()
     wide = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-300)
-    gram = wide @ wide.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-13)  # of dependent rows a factor exists too
+    wide, least = _by_cholesky(wide)
+    if bool((least < SHORT).any()):
+        wide, _ = _by_cholesky(wide)
+    return wide.to(rows.dtype)
+
+
+def _by_cholesky(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormalise rows in float64; return the least length that the rows before left of one."""
+    gram = rows @ rows.mT
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(1e-13)  # of dependent rows a factor exists too
     factor, _ = torch.linalg.cholesky_ex(gram)
     # To invert the small factor is faster than to solve for the long rows.
     identity = torch.eye(gram.shape[-1]).to(gram)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    orthonormal: Tensor = (inverse @ wide).to(rows.dtype)
-    return orthonormal
+    return inverse @ rows, factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
 
 
 def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,25 +229,27 @@ def _ritz(gram: Tensor, block: Tensor, count: int) -> tuple[LeadingPairs, Tensor
     block = _orthonormal(block)
     image = block @ gram
     values, rotation = _eigenpairs((image @ block.mT).double())
-    vectors, image = rotation @ block, rotation[:, :count] @ image
-    angle, noise = _angles(values, vectors[:, :count], image)
-    found = (torch.maximum(angle, noise) <= TOLERANCE).all(dim=1)
+    vectors, image = rotation @ block, rotation @ image
+    difference = torch.addcmul(image, rearrange(values, "b p -> b p 1"), vectors, value=-1)
+    residual = torch.linalg.vector_norm(difference, dim=-1)
+    angle, noise = _angles(values, residual[:, :count])
+    # A larger value may hide in a vector that has not converged, at most its residual above it.
+    least = values[:, count - 1]
+    hidden = (values + residual)[:, count:].amax(dim=1) > least
+    found = (torch.maximum(angle, noise) <= TOLERANCE).all(dim=1) & ~hidden
     worth_more = ~found & (noise <= TOLERANCE).all(dim=1)
+    angle = torch.where(rearrange(hidden, "b -> b 1"), 1, angle)
     return LeadingPairs(values, vectors, found), angle, worth_more
 
 
-def _angles(values: Tensor, wanted: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Bound the angles between wanted vectors u and the leading subspace, ``b i``, from G u.
+def _angles(values: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the angles between wanted vectors and the leading subspace, ``b i``.
 
     By the residual over the gap to what lies outside the subspace; and the same of rounding errors.
     """
-    value = values[:, : wanted.shape[1]]
-    difference = torch.addcmul(image, rearrange(value, "b i -> b i 1"), wanted, value=-1)
-    residual = torch.linalg.vector_norm(difference, dim=-1)
-    noise = ROUNDING * values[:, :1]
-    gap = value - _edge(values)
+    gap = values[:, : residual.shape[1]] - _edge(values)
     gap = torch.where(gap > 0, gap, 0)
-    return residual / gap, noise / gap
+    return residual / gap, ROUNDING * values[:, :1] / gap
 
 
 def _edge(values: Tensor) -> Tensor:
@@ -254,13 +274,13 @@ def _filter(gram: Tensor, values: Tensor, vectors: Tensor, angle: Tensor) -> Ten
     # Half of the growth to come is taken off, so that neither end leaves the range of float32.
     rows = vectors * torch.exp(growth * (-degree / 2)).unsqueeze(-1)
     if not bool(dominates.any()):
-        return _chebyshev(gram, rows, edge, degree)
+        return _chebyshev(gram, rows, edge, degree)[0]
     dominates = dominates.to(gram.dtype)
 
     def cleared(rows: Tensor) -> Tensor:
         return torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
 
-    return _chebyshev(gram, rows, edge, degree, cleared)
+    return cleared(_chebyshev(gram, rows, edge, degree, cleared)[0])
 
 
 def _chebyshev(
@@ -269,11 +289,12 @@ def _chebyshev(
     edge: Tensor,
     degree: int,
     cleared: Callable[[Tensor], Tensor] = lambda rows: rows,
-) -> Tensor:
-    """Return T_degree(2 G/edge - 1) of the rows, ``b p s``, with G the Gram matrix.
+) -> tuple[Tensor, Tensor]:
+    """Return T_m(2 G/edge - 1) of the rows, ``b p s``, for m the degree and the one before.
 
-    It is at most one below the edge and grows like ρ^degree above, ρ = x + √(x² - 1). Vectors of
-    far larger values would grow in a row out of rounding errors, and must be cleared from it.
+    G is the Gram matrix. T_m is at most one below the edge and grows like ρ^m above, with
+    ρ = x + √(x² - 1). Vectors of far larger values would grow in a row out of rounding errors, and
+    must be cleared from it.
     """
     slope = rearrange(2 / edge, "b 1 -> b 1 1")
     before, rows = rows, torch.baddbmm(rows, rows * slope, gram, beta=-1)
@@ -283,4 +304,4 @@ def _chebyshev(
         rows, before = torch.baddbmm(rest, rows * slope, gram, beta=-1), rows
         if m % 2 == 0:
             rows = cleared(rows)
-    return cleared(rows)
+    return rows, before
