@@ -149,12 +149,12 @@ def test_a_value_hidden_in_a_vector_that_has_not_converged_is_looked_for():
     for share, hidden in [(0.0, False), (0.8, True)]:
         block[4, [3, 23]] = torch.tensor([share, 1.0])
         block[4, 5] = 0
-        pairs, angle, worth_more = _eigen._ritz(values.diag()[None], block[None], 4)
+        ritz = _eigen._ritz(values.diag()[None], block[None], 4)
         # The fifth vector has converged, and so has what is taken for the fourth.
-        torch.testing.assert_close(pairs.values[0, 3], torch.tensor(0.6))
-        assert bool(pairs.found) is not hidden
-        assert bool(worth_more) is hidden
-        assert float(angle.max()) == (1 if hidden else 0)
+        torch.testing.assert_close(ritz.values[0, 3], torch.tensor(0.6))
+        assert bool(ritz.found) is not hidden
+        assert bool(ritz.worth_more) is hidden
+        assert float(ritz.angle.max()) == (1 if hidden else 0)
 
 
 def test_vectors_of_all_pairs_have_unit_length():
@@ -164,6 +164,20 @@ def test_vectors_of_all_pairs_have_unit_length():
     matrix, _ = matrix_of(steps(16).tolist(), 64, 16)
     lengths = torch.linalg.vector_norm(SVDFeature(4)(matrix.float()).double(), dim=-1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e-7, 1e6, 6e8, 1e9, 1e15])
+@pytest.mark.parametrize("point", [(8, 8, 24), (4, 5, 40)])
+def test_very_large_and_very_small_maps_have_the_same_vectors(point, scale):
+    features = relu_noise(point)
+    wanted = SVDFeature(4)(features.double())
+    scaled = (scale * features).requires_grad_()
+    vectors = SVDFeature(4)(scaled)
+    good = isolated(features, 4)
+    assert (1 - (vectors.double() * wanted).sum(dim=-1))[good].max() <= 1e-6
+    vectors[:, 0].sum().backward()
+    assert scaled.grad.isfinite().all()
+    assert scaled.grad.abs().amax() > 0
 
 
 @points
@@ -211,10 +225,13 @@ def test_shifted_systems_equal_a_dense_solution(seed, count):
     )
     values, basis = torch.linalg.eigh(gram.double())
     values, basis = values.flip(-1), basis.flip(-1)
-    shifted = values[:, :count, None] - values[:, None, count:]
-    rest = basis[..., count:]
-    wanted = (right.double() @ rest / shifted) @ rest.mT
-    close = (shifted.amin(dim=(1, 2)) > 1e-2 * values[:, 0]) & solved
+    gap = values[:, :count, None] - values[:, None]
+    itself = torch.eye(count, 24, dtype=torch.bool)
+    inverse = torch.where(itself, 0, 1 / torch.where(itself, 1, gap))
+    wanted = ((right.double() @ basis) * inverse) @ basis.mT
+    close = (
+        gap.abs().masked_fill(itself, torch.inf).amin(dim=(1, 2)) > 1e-2 * values[:, 0]
+    ) & solved
     error = (got - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     assert (error[close] < 2e-3).all()
 

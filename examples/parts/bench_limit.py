@@ -44,7 +44,7 @@ class Filter:
     def first_block(self, gram: Tensor, kept: int, _count: int) -> Tensor:
         """Take the place of the package's own first filter."""
         start = repeat(_eigen._start(kept, gram.shape[-1]).to(gram), "p s -> b p s", b=len(gram))
-        return _eigen._chebyshev(gram, start, self.edge, self.degree)[0]
+        return _eigen._chebyshev(gram, start, start @ gram, self.edge, self.degree)[0]
 
 
 class ToldTheSpectrum:
@@ -94,10 +94,10 @@ def _least(matrices: Tensor, values: Tensor, kept: int, k: int) -> Filter | None
     for degree in range(2, _eigen.DEGREE + 1):
         one = Filter(kept, values[:, kept : kept + 1], degree)
         try:
-            pairs, *_ = _eigen._ritz(matrices, one.first_block(matrices, kept, k), k)
+            ritz = _eigen._ritz(matrices, one.first_block(matrices, kept, k), k)
         except RuntimeError:  # torch's LinAlgError is one; rows that rounding made dependent
             return None
-        if float((~pairs.found).float().mean()) <= LAGGING:
+        if float((~ritz.found).float().mean()) <= LAGGING:
             return one
     return None
 

@@ -133,7 +133,7 @@ def align_singular_vectors(student: Tensor, teacher: Tensor) -> Tensor:
         choice = cosine.abs().argmax(dim=-1, keepdim=True)
         chosen = cosine.gather(-1, choice)
         sign = torch.where(chosen < 0, -1, 1).to(student.dtype)
-    return sign * student.take_along_dim(choice, dim=1)
+    return sign * student.gather(1, choice.expand(-1, -1, student.shape[2]))
 
 
 def channel_count(

@@ -17,13 +17,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from graph_kd._eigen import leading_pairs, solve_shifted, subspace_size
+from graph_kd._eigen import inverse_factor, leading_pairs, solve_shifted, subspace_size
 from graph_kd._svd_exact import decompose, gradient_of_vectors
 
 __all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
 
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative wants float64
-SMALLEST, LARGEST = 1e-20, 1e20  # of a Gram matrix's diagonal, far from where float32 ends
+SMALLEST, LARGEST = (
+    1e-15,
+    1e15,
+)  # of a Gram matrix's diagonal: float32 holds its square, and sums of it
 
 
 @torch.library.custom_op(
@@ -48,26 +51,31 @@ def top_vectors(
     with _plain_float32(rows_bnc):
         matrix = rows_bnc.float()
         _, n, c = matrix.shape
-        gram = matrix.mT @ matrix if n >= c else matrix @ matrix.mT
+        shorter = matrix.mT if n >= c else matrix
+        gram = shorter @ shorter.mT
         peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
-        hard = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is hard too
-        if bool(hard.any()):
+        outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
+        if some_outside := bool(outside.any()):
             check_finite(rows_bnc, name)
-            aside = rearrange(hard, "b -> b 1 1")
-            matrix = torch.where(aside, torch.eye(n, c).to(matrix), matrix)
+            aside = rearrange(outside, "b -> b 1 1")
+            shorter = torch.where(aside, torch.eye(*shorter.shape[1:]).to(matrix), shorter)
             gram = torch.where(aside, torch.eye(min(n, c)).to(gram), gram)
-        values, subspace, found = leading_pairs(matrix.mT if n >= c else matrix, gram, k)
+        values, subspace, found = leading_pairs(shorter, gram, k)
         vectors = subspace[:, :k]
-        if n < c:  # Mᵀu = σv, orthogonal but for rounding
-            vectors = torch.nn.functional.normalize(vectors @ matrix, dim=-1)
-            overlap = (vectors @ vectors.mT).tril(-1)
-            vectors = torch.nn.functional.normalize(vectors - overlap @ vectors, dim=-1)
-        total = (vectors * matrix.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
-        vectors = torch.where(total < 0, -vectors, vectors)
+        if n >= c:
+            total = vectors @ shorter.sum(dim=2, keepdim=True)
+            vectors = vectors * _sign(total)
+        else:  # Mᵀu = σv, orthogonal but for rounding
+            along = vectors @ shorter
+            inverse, _ = inverse_factor(along)
+            total = inverse @ (vectors @ gram).sum(dim=2, keepdim=True)
+            vectors = (inverse * _sign(total)) @ along
 
-        following = torch.nn.functional.pad(values, (0, 1))[:, 1 : k + 1]
-        close = values[:, :k] - following <= CLOSE * values[:, :k]
-        hard |= ~found | close.any(dim=-1)
+        after = values[:, 1 : k + 1]
+        close = after >= (1 - CLOSE) * values[:, : after.shape[1]]
+        hard = close.any(dim=-1) | ~found
+        if some_outside:
+            hard |= outside
         if bool(hard.any()):
             vectors[hard] = decompose(rows_bnc[hard], k).vectors.float()
     return vectors, gram, values, subspace, hard
@@ -94,24 +102,26 @@ def top_vectors_gradient(
         _, n, c = matrix.shape
         k = vectors.shape[1]
         # Alignment uses one of k vectors: those without a gradient are left out.
-        used = (grad != 0).any(dim=-1)
+        used = grad.abs().amax(dim=-1) != 0
         most = max(1, int(used.sum(dim=1).amax()))
         chosen = used.to(torch.uint8).topk(most, dim=1).indices
         shift = values.gather(1, chosen)
-        value, chosen = rearrange(shift, "b j -> b j 1"), rearrange(chosen, "b j -> b j 1")
-        part, of = grad.take_along_dim(chosen, dim=1), vectors.take_along_dim(chosen, dim=1)
-        right = part if n >= c else part @ matrix.mT
-        response, solved = solve_shifted(gram, values, subspace, right, k, shift)
-        # The other returned vectors, left out by the solver.
-        gap = value - rearrange(values[:, :k], "b k -> b 1 k")
-        known = subspace[:, :k]
-        response += ((right @ known.mT) * torch.where(gap == 0, 0, 1 / gap)) @ known
-        if n < c:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ
-            along = (part * of).sum(dim=-1, keepdim=True)
-            response = (part - along * of + response @ matrix) / value
+        chosen = rearrange(chosen, "b j -> b j 1")
+        chosen = chosen.expand(-1, -1, c)
+        grad_j, v = grad.gather(1, chosen), vectors.gather(1, chosen)
         # d<v_j, g_j> = <w_j, dG v_j> with dG = dMᵀ M + Mᵀ dM and w_j the response to g_j.
-        left = torch.cat([response, of], dim=1) @ matrix.mT
-        outer = torch.cat([of, response], dim=1)
+        if n >= c:
+            w, solved = solve_shifted(gram, values, subspace, grad_j, k, shift)
+            left_w, left_v = (torch.cat([w, v], dim=1) @ matrix.mT).chunk(2, dim=1)
+        else:
+            # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ, and all of it without v.
+            right, left_v = (torch.cat([grad_j, v], dim=1) @ matrix.mT).chunk(2, dim=1)
+            inner, solved = solve_shifted(gram, values, subspace, right, k, shift)
+            along = (grad_j * v).sum(dim=-1, keepdim=True)
+            value = rearrange(shift, "b j -> b j 1")
+            w = (torch.addcmul(grad_j, along, v, value=-1) + inner @ matrix) / value
+            left_w = (torch.addcmul(right, along, left_v, value=-1) + inner @ gram) / value
+        left, outer = torch.cat([left_w, left_v], dim=1), torch.cat([v, w], dim=1)
         # Laid out as the map is.
         grad_rows = left.mT @ outer if rows_bnc.stride(-1) == 1 else (outer.mT @ left).mT
         grad_rows = grad_rows.to(rows_bnc.dtype)
@@ -120,6 +130,10 @@ def top_vectors_gradient(
             exact = decompose(rows_bnc[hard], k)
             grad_rows[hard] = gradient_of_vectors(rows_bnc[hard], exact, grad[hard])
     return grad_rows
+
+
+def _sign(total: Tensor) -> Tensor:
+    return torch.copysign(torch.ones_like(total), total)
 
 
 @top_vectors.register_fake
