@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["LeadingPairs", "leading_pairs", "solve_shifted", "subspace_size"]
+__all__ = ["LeadingPairs", "inverse_factor", "leading_pairs", "solve_shifted", "subspace_size"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
 DIRECT = 16  # a Gram matrix up to this size, or 3 p, is decomposed whole: that is as fast
@@ -222,12 +222,12 @@ def _orthonormal(rows: Tensor) -> Tensor:
     wide = rows.double()
     inverse, least = inverse_factor(wide, RIDGE)
     wide = inverse @ wide
-    if least < SHORT:
+    if bool(least < SHORT):
         wide = inverse_factor(wide, RIDGE)[0] @ wide
     return wide.to(rows.dtype)
 
 
-def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, float]:
+def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return what orthonormalises rows ``b p s`` when multiplied with them, ``b p p``.
 
     It is L⁻¹, with L the Cholesky factor of their own Gram matrix; with a ridge of relative height,
@@ -242,7 +242,7 @@ def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, float]:
     # To invert the small factor is faster than to solve for the long rows.
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse / length.mT, float(factor.diagonal(dim1=-2, dim2=-1).amin())
+    return inverse / length.mT, factor.diagonal(dim1=-2, dim2=-1).amin()
 
 
 def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,7 @@ from graph_kd._svd_exact import decompose, gradient_of_vectors
 __all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
 
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative wants float64
-SMALLEST, LARGEST = (
-    1e-15,
-    1e15,
-)  # of a Gram matrix's diagonal: float32 holds its square, and sums of it
+SMALLEST, LARGEST = 1e-15, 1e15  # of a Gram matrix's diagonal: float32 holds sums of squares
 
 
 @torch.library.custom_op(
@@ -55,7 +52,7 @@ def top_vectors(
         gram = shorter @ shorter.mT
         peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
         outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
-        if some_outside := bool(outside.any()):
+        if bool(outside.any()):
             check_finite(rows_bnc, name)
             aside = rearrange(outside, "b -> b 1 1")
             shorter = torch.where(aside, torch.eye(*shorter.shape[1:]).to(matrix), shorter)
@@ -73,9 +70,7 @@ def top_vectors(
 
         after = values[:, 1 : k + 1]
         close = after >= (1 - CLOSE) * values[:, : after.shape[1]]
-        hard = close.any(dim=-1) | ~found
-        if some_outside:
-            hard |= outside
+        hard = outside | close.any(dim=-1) | ~found
         if bool(hard.any()):
             vectors[hard] = decompose(rows_bnc[hard], k).vectors.float()
     return vectors, gram, values, subspace, hard
