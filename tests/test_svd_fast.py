@@ -307,3 +307,105 @@ def test_compiles_to_one_graph_whatever_the_content_needs(point):
             torch.testing.assert_close(run(compiled, features), run(SVDFeature(4), features))
         with pytest.raises(ValueError, match="`features` must be finite"):
             compiled(torch.full_like(maps[0], torch.nan).requires_grad_())
+
+
+def nasty_mates(point):
+    """Return maps that ask more of the iteration than others, one of a kind."""
+    h, w, c = point
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(c, h, w, generator=generator)
+    channel = torch.randn(c, 1, 1, generator=generator)
+    return {
+        "zero": torch.zeros(c, h, w),
+        "rank one": channel.expand(c, h, w),
+        "nearly constant": 0.05 * noise + 0.3,
+        "far from zero": 300 + noise,
+        "large": 1e12 * noise,
+        "small": 1e-12 * noise,
+        "steep": noise * 2.0 ** -torch.arange(c, dtype=torch.float32)[:, None, None],
+        "one channel": noise * (torch.arange(c) == 0)[:, None, None],
+    }
+
+
+@pytest.mark.parametrize("kind", nasty_mates((2, 2, 4)))
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("point", [(8, 8, 64), (8, 4, 64), (8, 8, 24), (4, 4, 40)])
+def test_no_map_spoils_the_vectors_and_gradients_of_others(point, rectified, k, kind):
+    h, w, c = point
+    features = torch.randn(5, c, h, w, generator=torch.Generator().manual_seed(1))
+    features = features.relu() if rectified else features
+    for count in (1, 4):
+        mixed = features.clone()
+        mixed[:count] = nasty_mates(point)[kind]
+        mixed.requires_grad_()
+        vectors = SVDFeature(k)(mixed)
+        target = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(2))
+        (gradient,) = torch.autograd.grad((vectors * target)[:, -1].sum(), mixed)
+        assert vectors.isfinite().all()
+        assert gradient.isfinite().all()
+        truth = mixed.detach().double().requires_grad_()
+        wanted = SVDFeature(k)(truth)
+        (true,) = torch.autograd.grad((wanted * target)[:, -1].sum(), truth)
+        good = isolated(mixed.detach(), k)
+        good[:count] = False
+        assert (1 - (vectors * wanted).sum(dim=-1).abs())[good].sum() <= 1e-6 * good.sum()
+        error = (gradient - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+        assert (error[good[:, -1]] <= 1e-3).all()
+
+
+@pytest.mark.parametrize("ratio", [100.0, 1000.0, 10000.0])
+@pytest.mark.parametrize("point", [(3, 4, 40), (4, 4, 40), (8, 8, 100), (8, 8, 12)])
+def test_vectors_and_gradients_beside_a_dominating_value_are_exact(point, ratio):
+    h, w, c = point
+    values = [ratio, *(1.1**-i for i in range(min(h * w, c) - 1))]
+    check_against_float64(as_map(matrix_of(values, h * w, c)[0], h, w).float(), 2)
+
+
+def test_rows_of_a_batch_with_a_steep_map_are_orthonormal():
+    maps = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    maps = maps * torch.linspace(0.5, 1, 64)
+    maps[0] = torch.diag(2.0 ** -torch.arange(64, dtype=torch.float32))
+    vectors = SVDFeature(4)(maps)
+    torch.testing.assert_close(
+        vectors @ vectors.mT, torch.eye(4).expand(3, 4, 4), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e15, 1e30])
+def test_gradients_are_proportional_to_cotangents_of_any_size(size):
+    features = relu_noise((8, 8, 24)).requires_grad_()
+    vectors = SVDFeature(2)(features)
+    target = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
+    (wanted,) = torch.autograd.grad(vectors, features, target, retain_graph=True)
+    (gradient,) = torch.autograd.grad(vectors, features, size * target)
+    torch.testing.assert_close(gradient / size, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("point", [(8, 8, 64), (4, 4, 8)])
+def test_no_maps_have_no_vectors(point, dtype):
+    h, w, c = point
+    features = torch.zeros(0, c, h, w, dtype=dtype, requires_grad=True)
+    vectors = SVDFeature(2)(features)
+    assert vectors.shape == (0, 2, c)
+    assert vectors.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    vectors.sum().backward()
+    assert features.grad.shape == features.shape
+
+
+@pytest.mark.parametrize("change", ["sequence first", "every second", "expanded", "plain"])
+def test_a_compiled_graph_expects_the_layout_that_the_gradient_has(change):
+    tokens = torch.randn(12, 3, 40, generator=torch.Generator().manual_seed(0))
+    features = {
+        "sequence first": tokens.transpose(0, 1),
+        "every second": tokens.transpose(0, 1)[..., ::2],
+        "expanded": tokens[:, :, :1].transpose(0, 1).expand(-1, -1, 24),
+        "plain": tokens,
+    }[change]
+    vectors, *saved = top_vectors(features, 1, "")
+    real = _svd_fast.top_vectors_gradient(features, vectors, *saved, torch.ones_like(vectors))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t) for t in (features, vectors, *saved, vectors)]
+        fake = _svd_fast.top_vectors_gradient(*fakes)
+    assert fake.stride() == real.stride()

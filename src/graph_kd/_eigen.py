@@ -28,12 +28,14 @@ MARGIN = 10.0  # by which a filter aims below the tolerance
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
 ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
-LOG_RANGE = 120.0  # of the growth in a filter, natural logarithm; float32 ends at ±87
-SHORT = 1e-5  # part of a row independent of those before it that one Cholesky factor can resolve
-RIDGE = 1e-13  # on the diagonal of a Gram matrix of unit rows in float64
+LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
+SHORT = 3e-4  # part of a row independent of those before it that one Cholesky factor can resolve
+RIDGE = 1e-14  # on the diagonal of a Gram matrix of unit rows in float64
+PASSES = 4  # Cholesky factors at most
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
-LOG_SPREAD = 12.0  # of the growth in the first filter, below float32's 16: rows stay independent
+LOG_SPREAD = 12.0  # of the growth in most first filters, below float32's 16: rows stay independent
+LOG_LIMIT = 40.0  # of the growth in any first filter
 ITERATIONS = 48  # of the conjugate gradients at most
 RESIDUAL = 1e-4  # of the conjugate gradients, relative
 TINY = torch.finfo(torch.float32).tiny  # in the place of zero under a fraction
@@ -74,7 +76,8 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
         if _steep(values, count):
             values, vectors = _eigenpairs(_gram_in_float64(matrix))
         vectors = torch.nn.functional.normalize(vectors, dim=-1)  # LAPACK leaves 1e-6 of length
-        return LeadingPairs(values, vectors, values[:, count - 1] > TOLERANCE**2 * values[:, 0])
+        least = values[:, count - 1]
+        return LeadingPairs(values, vectors, TOLERANCE * least > ROUNDING * values[:, 0])
 
     ritz = _ritz(gram, _first_block(gram, kept, count), count)
     for _ in range(ROUNDS - 1):
@@ -127,18 +130,20 @@ def solve_shifted(
     def precondition(rows: Tensor) -> Tensor:
         return torch.baddbmm(rows, (rows @ vectors.mT) * excess, vectors)
 
-    scale = torch.linalg.vector_norm(right, dim=-1, keepdim=True).clamp_min(TINY)
+    scale = right.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)
     residual = torch.baddbmm(right, along, known, alpha=-1) / scale
     rest = torch.zeros_like(residual)
     direction = precondition(residual)
     energy = _dot(residual, direction)
     # What rounding leaves of a right side that was all along the wanted vectors counts as zero.
-    small = RESIDUAL**2 * energy + torch.finfo(gram.dtype).eps ** 2
+    small = RESIDUAL**2 * energy + gram.shape[-1] * torch.finfo(gram.dtype).eps ** 2
     for _ in range(ITERATIONS):
-        if bool((energy <= small).all()):
+        unsolved = energy > small
+        if not bool(unsolved.any()):
             break
         image = torch.baddbmm(direction, direction / shift, gram, alpha=-1)
-        step = energy / _dot(direction, image).clamp_min(TINY)
+        # What is solved rests: its residual is rounding, some of it along the wanted vectors.
+        step = torch.where(unsolved, energy / _dot(direction, image).clamp_min(TINY), 0)
         rest = torch.addcmul(rest, step, direction)
         residual = torch.addcmul(residual, step, image, value=-1)
         conditioned = precondition(residual)
@@ -202,29 +207,33 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     two rows take the degree before, which has no root in common with it.
     """
     start = _start(kept, gram.shape[-1]).to(gram).expand(len(gram), -1, -1)
-    block = _orthonormal(start @ gram @ gram)
+    block, _ = _orthonormal(start @ gram @ gram)
     image = block @ gram
     lengths = torch.linalg.vector_norm(image, dim=-1)
     largest = lengths.topk(count + 1, dim=1).values
     top, edge = largest[:, :1], largest[:, -1:]
     degree = int((LOG_SPREAD / _growth(top / edge)).median().clamp(2, DEGREE))
+    edge = torch.maximum(edge, top / math.cosh(LOG_LIMIT / degree / 2) ** 2)
     rows, before = _chebyshev(gram, block, image, edge, degree)
     rows[:, -EXTRA // 2 :] = before[:, -EXTRA // 2 :]
     return rows
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormalise rows ``b p s``, twice where it is needed.
+def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormalise rows ``b p s``; return them and whether that was possible, ``b``.
 
-    Rows that a filter has left all but dependent come out of the first too short, and their values
-    too small: what lies outside the subspace would seem farther away than it is.
+    Rows that a filter has left all but dependent come out of a Cholesky factor too short, and their
+    values too small: what lies outside the subspace would seem farther away than it is. They take
+    another one.
     """
     wide = rows.double()
-    inverse, least = inverse_factor(wide, RIDGE)
-    wide = inverse @ wide
-    if bool(least < SHORT):
-        wide = inverse_factor(wide, RIDGE)[0] @ wide
-    return wide.to(rows.dtype)
+    for _ in range(PASSES):
+        inverse, least = inverse_factor(wide, RIDGE)
+        wide = inverse @ wide
+        independent = least > SHORT
+        if bool(independent.all()):
+            break
+    return wide.to(rows.dtype), independent
 
 
 def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -232,7 +241,7 @@ def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
 
     It is L⁻¹, with L the Cholesky factor of their own Gram matrix; with a ridge of relative height,
     that of dependent rows exists too. Also return the least part of its length that the rows
-    before leave of one.
+    before leave of one, ``b``.
     """
     gram = rows @ rows.mT
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(TINY).unsqueeze(-1)
@@ -242,7 +251,7 @@ def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     # To invert the small factor is faster than to solve for the long rows.
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse / length.mT, factor.diagonal(dim1=-2, dim2=-1).amin()
+    return inverse / length.mT, factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
 
 
 def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,20 +267,22 @@ def _ritz(gram: Tensor, block: Tensor, count: int) -> _Ritz:
     The angle is bounded by the residual over the gap to what lies outside the subspace; what
     rounding makes of it is bounded likewise.
     """
-    block = _orthonormal(block)
+    block, independent = _orthonormal(block)
     image = block @ gram
-    values, rotation = _eigenpairs((image @ block.mT).double())
+    # What has left the range of float32 becomes zero, which counts as not found.
+    inner = torch.nan_to_num(image @ block.mT, nan=0.0, posinf=0.0, neginf=0.0)
+    values, rotation = _eigenpairs(inner.double())
     vectors, image = rotation @ block, rotation @ image
     difference = torch.addcmul(image, rearrange(values, "b p -> b p 1"), vectors, value=-1)
     residual = torch.linalg.vector_norm(difference, dim=-1)
-    gap = (values[:, :count] - _edge(values)).clamp_min(0)
+    gap = (values[:, :count] - _edge(values)).clamp_min(TINY)
     angle = residual[:, :count] / gap
-    rounding = ROUNDING * values[:, :1] / gap[:, -1:]
+    resolved = TOLERANCE * gap[:, -1:] > ROUNDING * values[:, :1]
+    resolved &= rearrange(independent, "b -> b 1")
     # A larger value may hide in a vector that has not converged, at most its residual above it.
     most = (values + residual)[:, count:].amax(dim=1, keepdim=True)
     hidden = most > values[:, count - 1 : count]
     angle = torch.where(hidden, 1, angle)
-    resolved = rounding <= TOLERANCE
     within = (angle <= TOLERANCE).all(dim=1, keepdim=True)
     found, worth_more = within & resolved, ~within & resolved
     return _Ritz(values, vectors, image, angle, found[:, 0], worth_more[:, 0])
@@ -279,7 +290,7 @@ def _ritz(gram: Tensor, block: Tensor, count: int) -> _Ritz:
 
 def _edge(values: Tensor) -> Tensor:
     """Return the least value of the subspace, or what rounding makes of a smaller one, ``b 1``."""
-    return torch.maximum(values[:, -1:], 16 * ROUNDING * values[:, :1])
+    return torch.maximum(values[:, -1:], 16 * ROUNDING * values[:, :1]).clamp_min(TINY)
 
 
 def _growth(ratio: Tensor) -> Tensor:
@@ -293,8 +304,8 @@ def _filter(gram: Tensor, ritz: _Ritz) -> Tensor:
     edge = _edge(values)
     growth = _growth(values / edge)
     needed = torch.log((angle * MARGIN / TOLERANCE).clamp_min(1)) / growth[:, : angle.shape[1]]
-    degree = min(float(needed.max()), float(LOG_RANGE / growth.max()), DEGREE)
-    degree = max(1, math.ceil(degree))
+    needed = torch.where(rearrange(ritz.worth_more, "b -> b 1"), needed, 0)
+    degree = math.ceil(torch.minimum(needed.max(), LOG_RANGE / growth.max()).clamp(1, DEGREE))
     dominates = rearrange(values, "b q -> b 1 q") > DOMINATES * rearrange(values, "b p -> b p 1")
     # Half of the growth to come is taken off, so that neither end leaves the range of float32.
     scale = torch.exp(growth * (-degree / 2)).unsqueeze(-1)
@@ -325,10 +336,10 @@ def _chebyshev(
     """
     slope = rearrange(2 / edge, "b 1 -> b 1 1")
     before, rows = rows, torch.addcmul(-rows, image, slope)
-    slope = 2 * slope
+    gram = gram * (2 * slope)
     for m in range(2, degree + 1):  # T_m = 2 x T_m-1 - T_m-2
         rest = torch.add(before, rows, alpha=2)
-        rows, before = rest.baddbmm_(rows * slope, gram, beta=-1), rows
+        rows, before = rest.baddbmm_(rows, gram, beta=-1), rows
         if m % 2 == 0:
             rows = cleared(rows)
     return rows, before

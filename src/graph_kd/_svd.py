@@ -46,7 +46,7 @@ class SVDFeature(nn.Module):
       (subspace iteration), always in whole float32. Where a returned value stands 1 % off its
       neighbours, 1 - |cos| is below 1e-6 and the gradient within 1e-3 of the true one. A sample on
       which this does not converge, whose values are closer than 0.05 %, or whose range is too wide
-      for float32 takes the way of float64 maps, on its own: a whole eigendecomposition of the Gram
+      for float32 takes the way of float64 maps: a whole eigendecomposition of the Gram
       matrix in float64, in which a vector's error is some 1e-16 (σ_1/σ)² over its relative gap, and
       nothing is resolved below σ_1 · 1e-7. How many rounds are needed depends on the maps, so the
       device is waited for a few times a call.
@@ -180,14 +180,14 @@ def top_singular_vectors(rows_bnc: Tensor, k: int, *, name: str = "features") ->
         raise ValueError(
             f"`k` must be at most min(positions, channels) = {min(n, c)} for `{name}`; got {k}."
         )
-    if rows_bnc.dtype != torch.float64:
+    if rows_bnc.dtype != torch.float64 and len(rows_bnc):
         fast: Tensor = _FastVectors.apply(rows_bnc, k, name)  # type: ignore[no-untyped-call] # torch's own method has no types
         return fast
     # The check waits for the device; a compiled graph can not branch on data and goes without it.
     if not torch.compiler.is_compiling():
         check_finite(rows_bnc.detach(), name)
     exact: Tensor = _ExactVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return exact
+    return exact if rows_bnc.dtype == torch.float64 else exact.float()
 
 
 class _FastVectors(torch.autograd.Function):

@@ -23,7 +23,7 @@ from graph_kd._svd_exact import decompose, gradient_of_vectors
 __all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
 
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative wants float64
-SMALLEST, LARGEST = 1e-15, 1e15  # of a Gram matrix's diagonal: float32 holds sums of squares
+SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram matrix's diagonal: float32 holds squares of errors
 
 
 @torch.library.custom_op(
@@ -101,9 +101,10 @@ def top_vectors_gradient(
         most = max(1, int(used.sum(dim=1).amax()))
         chosen = used.to(torch.uint8).topk(most, dim=1).indices
         shift = values.gather(1, chosen)
+        grad_used = grad.masked_fill(rearrange(hard, "b -> b 1 1"), 0)  # those need no solution
         chosen = rearrange(chosen, "b j -> b j 1")
         chosen = chosen.expand(-1, -1, c)
-        grad_j, v = grad.gather(1, chosen), vectors.gather(1, chosen)
+        grad_j, v = grad_used.gather(1, chosen), vectors.gather(1, chosen)
         # d<v_j, g_j> = <w_j, dG v_j> with dG = dMᵀ M + Mᵀ dM and w_j the response to g_j.
         if n >= c:
             w, solved = solve_shifted(gram, values, subspace, grad_j, k, shift)
@@ -142,7 +143,10 @@ def _(rows_bnc: Tensor, k: int, _name: str) -> tuple[Tensor, ...]:
 
 @top_vectors_gradient.register_fake
 def _(rows_bnc: Tensor, *_saved: Tensor) -> Tensor:
-    return torch.empty_like(rows_bnc)
+    b, n, c = rows_bnc.shape
+    if rows_bnc.stride(-1) == 1:
+        return rows_bnc.new_empty((b, n, c))
+    return rows_bnc.new_empty((b, c, n)).mT
 
 
 def check_finite(rows_bnc: Tensor, name: str) -> None:
