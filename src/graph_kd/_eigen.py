@@ -31,6 +31,7 @@ DEGREE = 24  # of a filter at most
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
 SHORT = 3e-4  # part of a row independent of those before it that one Cholesky factor can resolve
 RIDGE = 1e-14  # on the diagonal of a Gram matrix of unit rows in float64
+ROUGH = 1e-5  # the same where a filter follows, which needs no more than independent rows
 PASSES = 4  # Cholesky factors at most
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
@@ -207,7 +208,7 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     two rows take the degree before, which has no root in common with it.
     """
     start = _start(kept, gram.shape[-1]).to(gram).expand(len(gram), -1, -1)
-    block, _ = _orthonormal(start @ gram @ gram)
+    block, _ = _orthonormal(start @ gram @ gram, ROUGH)
     image = block @ gram
     lengths = torch.linalg.vector_norm(image, dim=-1)
     largest = lengths.topk(count + 1, dim=1).values
@@ -219,7 +220,7 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     return rows
 
 
-def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormal(rows: Tensor, short: float = SHORT) -> tuple[Tensor, Tensor]:
     """Orthonormalise rows ``b p s``; return them and whether that was possible, ``b``.
 
     Rows that a filter has left all but dependent come out of a Cholesky factor too short, and their
@@ -230,7 +231,7 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(PASSES):
         inverse, least = inverse_factor(wide, RIDGE)
         wide = inverse @ wide
-        independent = least > SHORT
+        independent = least > short
         if bool(independent.all()):
             break
     return wide.to(rows.dtype), independent
