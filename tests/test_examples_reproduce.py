@@ -56,6 +56,7 @@ def test_a_table_shows_mean_and_deviation_beside_the_published_numbers(finished)
     content = json.loads((out / "cifar100,num_heads=2.json").read_text())
     assert len(content["cells"]) == 2 * 3
     assert {"graph_kd", "torch", "python", "hardware", "commit"} == set(content["environments"][0])
+    of_method = {}
     for cell in content["cells"]:
         teacher = {"VGG": ("VGG16", "VGG7"), "WRN": ("WRN-22-4", "WRN-10-4")}[cell["row"]]
         above = "" if cell["method"] == "teacher" else f"{teacher[1]}/"
@@ -71,7 +72,18 @@ def test_a_table_shows_mean_and_deviation_beside_the_published_numbers(finished)
         assert cell["n"] == 2
         mean, sd = statistics.mean(accuracies), statistics.stdev(accuracies)
         assert (cell["mean"], cell["sd"]) == (round(mean, 2), round(sd, 2))
-        assert f"{cell['mean']:.2f} ± {cell['sd']:.2f} (2) | {cell['published']:.2f} |" in text
+        of_method[cell["row"], cell["method"]] = accuracies
+        gain = "–"
+        if cell["method"] == "mhgd":
+            alone = of_method[cell["row"], "student"]
+            gains = [ours - theirs for ours, theirs in zip(accuracies, alone, strict=True)]
+            mean, sd = statistics.mean(gains), statistics.stdev(gains)
+            assert cell["gain"] == {"mean": round(mean, 2), "sd": round(sd, 2), "n": 2}
+            gain = f"{cell['gain']['mean']:+.2f} ± {cell['gain']['sd']:.2f} (2)"
+        else:
+            assert cell["gain"] is None
+        measured = f"{cell['mean']:.2f} ± {cell['sd']:.2f} (2)"
+        assert f"{measured} | {gain} | {cell['published']:.2f} |" in text
     assert (out / "cifar100,num_heads=2.md").read_text() in text
     for name in ("cifar100,num_heads=2.png", "cifar100,num_heads=2_epochs.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
