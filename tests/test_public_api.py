@@ -15,9 +15,11 @@ ALLOWED = {
     "_checks": set(),
     "_distributed": set(),  # what travels between processes serves the loss and the optimizer
     "_gate": set(),
-    "_eigen": set(),
+    "_orthonormal": set(),
+    "_eigen": {"_orthonormal"},
+    "_shifted": {"_orthonormal"},
     "_svd_exact": set(),
-    "_svd_fast": {"_eigen", "_svd_exact"},
+    "_svd_fast": {"_eigen", "_orthonormal", "_shifted", "_svd_exact"},
     "_svd": {"_checks", "_svd_exact", "_svd_fast"},
     "_estimator": {"_checks"},
     "_grad_clip": {"_checks", "_distributed", "_gate"},

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import as_map, matrix_of, seeds
 
-from graph_kd import SVDFeature, _eigen, _svd_fast
-from graph_kd._eigen import leading_pairs, solve_shifted
+from graph_kd import SVDFeature, _eigen, _shifted, _svd_fast
+from graph_kd._eigen import leading_pairs
+from graph_kd._shifted import solve_shifted
 from graph_kd._svd_fast import top_vectors
 
 # Sensing points of the paper's networks: h, w, c.
@@ -210,7 +211,7 @@ def test_what_did_not_converge_is_not_returned(monkeypatch, rounds, kind):
 
 
 def test_a_gradient_that_was_not_solved_is_not_returned(monkeypatch):
-    monkeypatch.setattr(_eigen, "ITERATIONS", 1)
+    monkeypatch.setattr(_shifted, "ITERATIONS", 1)
     check_against_float64(with_spectrum((8, 8, 128), "slow"), 4)
 
 

@@ -1,8 +1,7 @@
-"""Leading singular pairs, and systems shifted by them: what `SVDFeature` is made of in float32.
+"""Leading singular pairs: what `SVDFeature` returns in float32.
 
 A whole decomposition costs ten times the Gram matrix; a few leading vectors cost a fraction of it:
-subspace iteration with a Chebyshev filter (Zhou & Saad 2007) forward, conjugate gradients with the
-same subspace as their preconditioner backward. Both are thin matrix products.
+subspace iteration with a Chebyshev filter (Zhou & Saad 2007), all of it thin matrix products.
 
 Axes: ``b`` sample, ``s`` and ``l`` shorter and longer side of a matrix, ``i`` wanted pair, ``p``
 vector of the subspace, the wanted ones first. Vectors are rows.
@@ -19,7 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["LeadingPairs", "inverse_factor", "leading_pairs", "solve_shifted", "subspace_size"]
+from graph_kd._orthonormal import TINY, orthonormal
+
+__all__ = ["LeadingPairs", "leading_pairs", "subspace_size"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
 DIRECT = 16  # a Gram matrix up to this size, or 3 p, is decomposed whole: that is as fast
@@ -29,17 +30,11 @@ ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its 
 ROUNDS = 5  # filters at most
 DEGREE = 24  # of a filter at most
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
-SHORT = 3e-4  # part of a row independent of those before it that one Cholesky factor can resolve
-RIDGE = 1e-14  # on the diagonal of a Gram matrix of unit rows in float64
-ROUGH = 1e-5  # the same where a filter follows, which needs no more than independent rows
-PASSES = 4  # Cholesky factors at most
+ROUGH = 1e-5  # part of a start vector independent of the others that is enough for a filter
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
 LOG_SPREAD = 12.0  # of the growth in most first filters, below float32's 16: rows stay independent
 LOG_LIMIT = 40.0  # of the growth in any first filter
-ITERATIONS = 48  # of the conjugate gradients at most
-RESIDUAL = 1e-4  # of the conjugate gradients, relative
-TINY = torch.finfo(torch.float32).tiny  # in the place of zero under a fraction
 
 
 class LeadingPairs(NamedTuple):
@@ -100,64 +95,6 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
     return LeadingPairs(values, vectors, ritz.found)
 
 
-def solve_shifted(
-    gram: Tensor, values: Tensor, vectors: Tensor, right: Tensor, count: int, shift: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Solve (λ_j - G) w_j = r_j on the complement of the eigenvector of λ_j.
-
-    Along the wanted vectors by division. On their complement λ_j - G is positive definite:
-    conjugate gradients, preconditioned by what the other vectors of the subspace know of it.
-
-    Shape:
-        - gram: ``b s s``
-        - values: ``b p``, eigenvalues, largest first
-        - vectors: ``b p s``, orthonormal; the first i are eigenvectors, the others nearly so
-        - right: ``b j s``; its part along the eigenvector of λ_j is ignored
-        - shift: ``b j``, λ, each one of the wanted values
-        - returns: w ``b j s``; and whether the residual fell to `RESIDUAL`, ``b``
-    """
-    shift = rearrange(shift, "b j -> b j 1")
-    gap = shift - rearrange(values, "b p -> b 1 p")
-    inverse = torch.where(gap == 0, 0, 1 / gap)
-    along = right @ vectors.mT
-    if values.shape[1] == gram.shape[-1]:  # all eigenpairs are known
-        return (along * inverse) @ vectors, torch.ones_like(values[:, 0], dtype=torch.bool)
-    known, along = vectors[:, :count], along[..., :count]
-    solution = (along * inverse[..., :count]) @ known
-    # λ_j (λ_j - G)⁻¹ - 1 on the subspace, and -1 on what is projected out.
-    excess = shift * inverse - 1
-    excess[..., :count] = -1
-
-    def precondition(rows: Tensor) -> Tensor:
-        return torch.baddbmm(rows, (rows @ vectors.mT) * excess, vectors)
-
-    scale = right.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)
-    residual = torch.baddbmm(right, along, known, alpha=-1) / scale
-    rest = torch.zeros_like(residual)
-    direction = precondition(residual)
-    energy = _dot(residual, direction)
-    # What rounding leaves of a right side that was all along the wanted vectors counts as zero.
-    small = RESIDUAL**2 * energy + gram.shape[-1] * torch.finfo(gram.dtype).eps ** 2
-    for _ in range(ITERATIONS):
-        unsolved = energy > small
-        if not bool(unsolved.any()):
-            break
-        image = torch.baddbmm(direction, direction / shift, gram, alpha=-1)
-        # What is solved rests: its residual is rounding, some of it along the wanted vectors.
-        step = torch.where(unsolved, energy / _dot(direction, image).clamp_min(TINY), 0)
-        rest = torch.addcmul(rest, step, direction)
-        residual = torch.addcmul(residual, step, image, value=-1)
-        conditioned = precondition(residual)
-        before, energy = energy, _dot(residual, conditioned)
-        direction = torch.addcmul(conditioned, energy / before.clamp_min(TINY), direction)
-    solved = rearrange((energy <= small).all(dim=1), "b 1 -> b")
-    return torch.addcmul(solution, rest, scale / shift), solved
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(dim=-1, keepdim=True)
-
-
 @cache
 def _start(count: int, size: int) -> Tensor:
     """Return vectors that no Gram matrix is orthogonal to, the same ones every time."""
@@ -208,7 +145,7 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     two rows take the degree before, which has no root in common with it.
     """
     start = _start(kept, gram.shape[-1]).to(gram).expand(len(gram), -1, -1)
-    block, _ = _orthonormal(start @ gram @ gram, ROUGH)
+    block, _ = orthonormal(start @ gram @ gram, ROUGH)
     image = block @ gram
     lengths = torch.linalg.vector_norm(image, dim=-1)
     largest = lengths.topk(count + 1, dim=1).values
@@ -218,41 +155,6 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     rows, before = _chebyshev(gram, block, image, edge, degree)
     rows[:, -EXTRA // 2 :] = before[:, -EXTRA // 2 :]
     return rows
-
-
-def _orthonormal(rows: Tensor, short: float = SHORT) -> tuple[Tensor, Tensor]:
-    """Orthonormalise rows ``b p s``; return them and whether that was possible, ``b``.
-
-    Rows that a filter has left all but dependent come out of a Cholesky factor too short, and their
-    values too small: what lies outside the subspace would seem farther away than it is. They take
-    another one.
-    """
-    wide = rows.double()
-    for _ in range(PASSES):
-        inverse, least = inverse_factor(wide, RIDGE)
-        wide = inverse @ wide
-        independent = least > short
-        if bool(independent.all()):
-            break
-    return wide.to(rows.dtype), independent
-
-
-def inverse_factor(rows: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return what orthonormalises rows ``b p s`` when multiplied with them, ``b p p``.
-
-    It is L⁻¹, with L the Cholesky factor of their own Gram matrix; with a ridge of relative height,
-    that of dependent rows exists too. Also return the least part of its length that the rows
-    before leave of one, ``b``.
-    """
-    gram = rows @ rows.mT
-    length = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(TINY).unsqueeze(-1)
-    gram = gram / length / length.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    # To invert the small factor is faster than to solve for the long rows.
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse / length.mT, factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
 
 
 def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +170,7 @@ def _ritz(gram: Tensor, block: Tensor, count: int) -> _Ritz:
     The angle is bounded by the residual over the gap to what lies outside the subspace; what
     rounding makes of it is bounded likewise.
     """
-    block, independent = _orthonormal(block)
+    block, independent = orthonormal(block)
     image = block @ gram
     # What has left the range of float32 becomes zero, which counts as not found.
     inner = torch.nan_to_num(image @ block.mT, nan=0.0, posinf=0.0, neginf=0.0)

@@ -17,7 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from graph_kd._eigen import inverse_factor, leading_pairs, solve_shifted, subspace_size
+from graph_kd._eigen import leading_pairs, subspace_size
+from graph_kd._orthonormal import inverse_factor
+from graph_kd._shifted import solve_shifted
 from graph_kd._svd_exact import decompose, gradient_of_vectors
 
 __all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
