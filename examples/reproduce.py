@@ -11,7 +11,7 @@ default MHGD is there in each of its forms. After every cell its tables are writ
 that is done in ``--out`` by this or another command of the same settings: ``TABLE.md``,
 ``TABLE.json``, ``TABLE.png`` (bars beside the published numbers) and ``TABLE_epochs.png``, with a
 bound, gate, split, share or number of heads that is not the default in their names. A cell whose
-loss diverges is left out, and told at the end.
+loss diverges is left out, with those that its teacher would have taught, and told at the end.
 """
 
 from __future__ import annotations
@@ -73,16 +73,27 @@ def methods_of(table: Table, row: Row, config: Config) -> list[str]:
     """Return the methods of a row to train: by default the table's, and MHGD in every form."""
     own = [method for method in row.published if method != "teacher"]
     if table == "heads":
+        if not set(config.methods or own) <= {"student", "mhgd"}:
+            raise ValueError(
+                f"`--methods` of the table 'heads' must be some of student, mhgd; got "
+                f"{' '.join(config.methods or own)}."
+            )
         return [m for m in own if config.methods is None or m in config.methods]
     return list(dict.fromkeys([*own, *MHGD] if config.methods is None else config.methods))
+
+
+def check_rows(tables: tuple[Table, ...], config: Config) -> None:
+    """Refuse a row that none of the tables has."""
+    titles = dict.fromkeys(row.title for table in tables for row in PUBLISHED[table])
+    if unknown := [row for row in config.rows or () if row not in titles]:
+        raise ValueError(
+            f"`--rows` must be some of {', '.join(map(repr, titles))}; got {unknown[0]!r}."
+        )
 
 
 def cells_to_train(table: Table, config: Config) -> Iterator[Cell]:
     """Return the cells that were asked for, those of a seed together."""
     rows = [row for row in PUBLISHED[table] if config.rows is None or row.title in config.rows]
-    if not rows:
-        titles = ", ".join(repr(row.title) for row in PUBLISHED[table])
-        raise ValueError(f"`--rows` must be some of {titles}; got {config.rows}.")
     for seed in dict.fromkeys(config.seeds):
         for row in rows:
             for method in ("teacher", *methods_of(table, row, config)):
@@ -93,7 +104,8 @@ def cells_there(table: Table, config: Config) -> Iterator[Cell]:
     """Return every cell of a table that ``--out`` may hold, whoever has trained it."""
     for row in PUBLISHED[table]:
         folder = workshop_of(row, 0, config).root.parent
-        seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
+        names = (path.name.removeprefix("seed-") for path in folder.glob("seed-*"))
+        seeds = sorted(int(name) for name in names if name.isdecimal())
         methods = row.published if table == "heads" else ("teacher", *METHODS)
         for seed in seeds:
             for method in methods:
@@ -119,17 +131,24 @@ def run(config: Config) -> tuple[str, list[str]]:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = True
     tables = tuple(dict.fromkeys(config.table))
+    check_rows(tables, config)
     of_table = {table: list(cells_to_train(table, config)) for table in tables}
     waiting = [] if config.render_only else [c for cells in of_table.values() for c in cells]
     diverged: dict[str, None] = {}  # in order, each once
+    without_teacher: set[Path] = set()
     while waiting:
         held = []
         for cell in waiting:
+            teacher = cell.workshop.folder("teacher")
+            if teacher in without_teacher and cell.method != "student":
+                continue
             was_done = cell.record() is not None
             try:
                 record = cell.workshop.train(cell.method)
             except DivergedError as error:
                 diverged[f"{cell.row.title}, {cell.method}, seed {cell.seed}: {error}"] = None
+                if cell.method == "teacher":
+                    without_teacher.add(teacher)
                 continue
             if record is None:
                 held.append(cell)

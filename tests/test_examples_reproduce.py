@@ -13,13 +13,23 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import cifar100_vgg
 import pytest
 import reproduce
+import torch
 from cifar_files import python_files, write_folder
-from parts.methods import METHODS
+from parts.augment import Normalize
+from parts.data import ImageSet
+from parts.engine import DivergedError, Engine
+from parts.methods import METHODS, train_student
+from parts.models import build
 from parts.poster import PUBLISHED
+from parts.runs import Run
+from parts.settings import Settings
 from test_examples_scripts import SMALL, networks, progress
 from tinyimagenet_files import tinyimagenet_files
+
+from graph_kd import GraphTransferLoss
 
 SCRIPT = Path(reproduce.__file__)
 TINY = [flag if flag != "2" else "1" for flag in SMALL[:-1]] + ["2"]  # one epoch, two heads
@@ -145,7 +155,7 @@ def test_tables_can_be_written_without_images_or_training(finished, tmp_path):
     assert text.endswith(again)
     code, text = run(*flags, "--out", tmp_path / "empty", "--render-only")
     assert code == 0
-    assert "| MHGD | – | 67.02 | – | 72.79 |" in text
+    assert "| MHGD | – | – | 67.02 | – | – | 72.79 |" in text
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -171,11 +181,30 @@ def test_a_damaged_record_is_named(finished, tmp_path):
 
 def test_a_cell_that_diverges_is_left_out_and_told(data, tmp_path):
     flags = ["--data-dir", data, "--out", tmp_path, *TINY, "--learning-rate", "1e30"]
-    flags += ["--epochs", "3", "--rows", "VGG", "--seeds", 0, "--methods", "student"]
+    flags += ["--epochs", "3", "--rows", "VGG", "--seeds", 0, "--methods", "student", "mhgd", "ab"]
     code, text = run(*flags)
-    assert code.splitlines()[0] == "reproduce.py: cells without a result:"
-    assert "VGG, student, seed 0: The loss of phase 'student' must stay finite" in code
-    assert "| Student | – | 59.97 |" in text
+    head, teacher, student = code.splitlines()
+    assert head == "reproduce.py: cells without a result:"
+    assert teacher.startswith("VGG, teacher, seed 0: The loss of phase 'teacher' must stay finite")
+    assert student.startswith("VGG, student, seed 0: The loss of phase 'student' must stay finite")
+    assert "| Student | – | – | 59.97 |" in text
+
+
+@pytest.mark.parametrize("method", ["mhgd", "kd-svd"])
+def test_a_gated_method_that_diverges_is_told_from_a_wrong_map(method, tmp_path):
+    """Its maps would be refused before the epoch's loss is looked at."""
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    image_set = ImageSet(images, torch.arange(8) % 4, tuple("abcd"))
+    settings = cifar100_vgg.EXPERIMENT, Settings(epochs=1, batch_size=4, device="cpu")
+    teacher, student = build("VGG16", 4, 0.05), build("VGG7", 4, 0.05)
+    with torch.no_grad():
+        next(student.parameters()).fill_(torch.nan)
+    about = {"images": 0}
+    run_of = Run(tmp_path, about, torch.device("cpu"), 30.0)
+    engine = Engine(image_set, image_set, 4, 0, None, run_of, Normalize(image_set))
+    transfer = GraphTransferLoss(teacher.channels, 2) if method == "mhgd" else None
+    with pytest.raises(DivergedError, match="phase 'student' must stay finite; it was nan"):
+        train_student(method, student, teacher, transfer, engine, *settings)
 
 
 def test_every_row_of_the_heads_table_has_its_own_method(data):
@@ -216,8 +245,24 @@ def test_the_published_numbers_are_the_poster_s():
 
 
 def test_rows_that_are_not_in_the_table_are_refused(finished):
-    code, _ = run(*finished[1], "--rows", "LeNet")
-    assert code == "reproduce.py: `--rows` must be some of 'VGG', 'WRN'; got ('LeNet',)."
+    for rows in (["LeNet"], ["VGG", "LeNet"]):
+        code, _ = run(*finished[1], "--rows", *rows)
+        assert code == "reproduce.py: `--rows` must be some of 'VGG', 'WRN'; got 'LeNet'."
+
+
+def test_methods_that_the_heads_table_does_not_have_are_refused(data):
+    code, _ = run("--table", "heads", "--data-dir", data, "--methods", "mhgd-scaled")
+    assert "`--methods` of the table 'heads' must be some of student, mhgd" in code
+
+
+def test_other_folders_beside_those_of_seeds_are_left_alone(finished):
+    out, flags, text = finished
+    folder = out / "CIFAR-100" / "VGG16" / "seed-0-old"
+    folder.mkdir()
+    code, again = run(*flags, "--render-only")
+    folder.rmdir()
+    assert code == 0
+    assert text.endswith(again)
 
 
 def test_killed_at_random_moments_and_side_by_side_nothing_is_lost(data, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from parts.timing import median_ratio, paired_seconds, peak_memory
+from torch import Tensor
 
 from graph_kd import GraphTransferLoss
 
@@ -29,7 +30,16 @@ def measure_growth(
         forms["default"] = None
         if size <= plain_up_to:
             forms["plain"] = size
-        tasks = {name: partial(_step, size, rows, device) for name, rows in forms.items()}
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (
+            [torch.randn(size, c, generator=generator).to(device) for c in CHANNELS]
+            for _ in range(2)
+        )
+        losses = {
+            name: GraphTransferLoss(CHANNELS, block_rows=block_rows).to(device)
+            for name, block_rows in forms.items()
+        }
+        tasks = {name: partial(_step, loss, student, teacher) for name, loss in losses.items()}
         seconds = paired_seconds(tasks, repeats, device)
         row: dict[str, Any] = {"samples": size, "block_rows": forms["blocks"]}
         for name, task in tasks.items():
@@ -41,11 +51,6 @@ def measure_growth(
     return rows
 
 
-def _step(size: int, block_rows: int | None, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    loss = GraphTransferLoss(CHANNELS, block_rows=block_rows).to(device)
-    teacher, student = (
-        [torch.randn(size, c, generator=generator).to(device) for c in CHANNELS] for _ in range(2)
-    )
-    inputs = [features.requires_grad_() for features in student]
+def _step(loss: GraphTransferLoss, student: list[Tensor], teacher: list[Tensor]) -> None:
+    inputs = [features.detach().requires_grad_() for features in student]
     torch.autograd.grad(loss(inputs, teacher), inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def check_at_least(config: Any, **least: float) -> None:
     """Refuse a config of which a field is given and below its least value."""
     for name, value in least.items():
         got = getattr(config, name)
-        if got is not None and got < value:
+        if got is not None and not value <= got < math.inf:
             raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ {value}; got {got}.")
 
 
@@ -65,7 +66,7 @@ def check_above_zero(config: Any, *names: str) -> None:
     """Refuse a config of which a field is not above zero."""
     for name in names:
         got = getattr(config, name)
-        if not got > 0:
+        if not 0 < got < math.inf:
             raise ValueError(f"`--{name.replace('_', '-')}` must be > 0; got {got}.")
 
 

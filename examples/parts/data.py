@@ -78,7 +78,7 @@ class ImageSet:
         if count is None:
             return self
         if count > self.num_classes:
-            raise ValueError(f"`count` must be at most {self.num_classes} classes; got {count}.")
+            raise ValueError(f"`--classes` must be at most {self.num_classes}; got {count}.")
         kept = self._keep(self.labels < count)
         return replace(kept, class_names=self.class_names[:count])
 

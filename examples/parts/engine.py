@@ -33,6 +33,11 @@ def step_decay(optimizer: Optimizer, epochs: int) -> LRScheduler:
 class DivergedError(RuntimeError):
     """The loss of a phase is not finite any more."""
 
+    def __init__(self, phase: str, loss: float) -> None:
+        super().__init__(
+            f"The loss of phase {phase!r} must stay finite; it was {loss}. Lower the learning rate."
+        )
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -119,10 +124,7 @@ class Engine:
                 mean = mean_over_processes(torch.stack(losses).mean())
                 mean_loss = mean.item()  # waits for the device
                 if not math.isfinite(mean_loss):
-                    raise DivergedError(
-                        f"The loss of phase {phase!r} must stay finite; it was {mean_loss} in "
-                        f"epoch {epoch + 1}. Lower the learning rate."
-                    )
+                    raise DivergedError(phase, mean_loss)
                 seconds = time.perf_counter() - started
                 values: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 5)}
                 if scheduler is not None:

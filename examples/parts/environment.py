@@ -14,6 +14,8 @@ import graph_kd
 
 __all__ = ["environment"]
 
+RESULTS = ":(top,exclude)examples/results"  # what runs leave there does not change the program
+
 
 def environment(device: torch.device) -> dict[str, str | None]:
     """Return versions, hardware and commit."""
@@ -50,7 +52,7 @@ def _commit() -> str | None:
             ).stdout.strip()
             for command in (
                 ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "--", ":/src", ":/examples"],
+                ["status", "--porcelain", "--", ":/src", ":/examples", RESULTS],
             )
         )
     except (OSError, subprocess.CalledProcessError):

@@ -53,7 +53,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                     "room for it, and run the same command again",
                 ) from error
             raise
+    Path(file.name).chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
     Path(file.name).replace(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can not be read without being set
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from parts.baselines.factor import FactorTransfer
 from parts.baselines.recipes import RECIPES, Outputs, Recipe
 from parts.distributed import average_gradients
-from parts.engine import Engine, nesterov, step_decay
+from parts.engine import DivergedError, Engine, nesterov, step_decay
 from parts.network import Network
 from parts.runs import Stateful
 from parts.settings import Experiment, Settings, Squash
@@ -161,7 +161,7 @@ class Both:
         with self.engine.autocast():
             logits = network(images)
         *maps, embedding = self.hooks[network is self.teacher].features
-        return Outputs(maps, embedding, logits)
+        return Outputs(maps, embedding, logits.float())  # losses are taken in float32
 
     def __enter__(self) -> Both:
         return self
@@ -187,7 +187,7 @@ def _mhgd(
 
         def losses(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             of_student, of_teacher = both(images)
-            task = F.cross_entropy(of_student.logits, labels)
+            task = _finite(F.cross_entropy(of_student.logits, labels))
             if form.soft_logits:
                 task = soft.task_weight * task + soft.loss(soft_logits, of_student, of_teacher)
             return task, transfer(of_student.maps, of_teacher.maps)
@@ -208,11 +208,18 @@ def _gated(
 
     def losses(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         of_student, of_teacher = both(images)
-        task = F.cross_entropy(of_student.logits, labels)
+        task = _finite(F.cross_entropy(of_student.logits, labels))
         return task, recipe.loss(module, of_student, of_teacher)
 
     program = settings.with_(gate="norm", bound=1.0)  # these methods' gate has no other form
     return _descend_gated(student, losses, engine, experiment, program)
+
+
+def _finite(task: Tensor) -> Tensor:
+    """Refuse a loss that has diverged before its maps reach a decomposition, which would, too."""
+    if not bool(task.isfinite()):
+        raise DivergedError("student", task.item())
+    return task
 
 
 def _together(

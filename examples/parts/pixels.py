@@ -58,7 +58,7 @@ def decode_once(
             raise RuntimeError(
                 f"The decoded images could not be kept in {kept} ({type(error).__name__}: "
                 f"{error}). They need a writable folder with {megabytes:.0f} MB free; choose one "
-                f"with `cache_dir` or the environment variable XDG_CACHE_HOME."
+                f"with the environment variable XDG_CACHE_HOME."
             ) from error
     return _read(kept, head, len(sizes), side)
 

@@ -71,10 +71,15 @@ def write_results(out: Path, name: str, rows: Sequence[Row], cells: Sequence[Cel
     published = {(row.title, m): a for row in shown for m, a in row.published.items()}
     present = {method for row in shown for method in row.published} | {m for _, m in done}
     methods = [method for method in ("teacher", *METHODS) if method in present]
+    alone = {
+        row.experiment: done[row.title, "student"]
+        for row in shown
+        if (row.title, "student") in done
+    }
     numbers = {
         (row.title, method): {
             **_summary(done[row.title, method]),
-            "gain": _gain(done[row.title, method], done.get((row.title, "student"), ()))
+            "gain": _gain(done[row.title, method], alone.get(row.experiment, ()))
             if method not in ("teacher", "student")
             else None,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -52,6 +53,11 @@ class Settings:
         check_above_zero(self, "bound", "learning_rate", "width", "student_share")
         if self.student_share > 1:
             raise ValueError(f"`--student-share` must be ≤ 1; got {self.student_share}.")
+        if self.data_name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.data_name):
+            raise ValueError(
+                f"`--data-name` must be letters, digits, '.', '-' and '_', as it names a folder; "
+                f"got {self.data_name!r}."
+            )
         check_device(self)
         check_divisible(self.batch_size, self.device)
 

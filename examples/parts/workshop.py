@@ -264,6 +264,8 @@ def _loaded(
         train_set, test_set = (s.take_classes(classes) for s in load(data_dir))
     if split == "dev":
         train_set, test_set = train_set.hold_out(10)
+        if not len(test_set.images):
+            raise ValueError("`--split dev` must have ten training images of a class; got fewer.")
     train_set = train_set.take_per_class(limit_per_class)
     digest = 0
     for part in (train_set, test_set):
