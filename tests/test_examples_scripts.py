@@ -332,7 +332,7 @@ def truncated_archive(folder):
         (["--num-heads", "0"], r"`--num-heads` must be ≥ 1; got 0"),
         (["--limit-per-class", "0"], r"`--limit-per-class` must be ≥ 1; got 0"),
         (["--classes", "1"], r"`--classes` must be ≥ 2; got 1"),
-        (["--classes", "9"], r"must be at most 4 classes; got 9"),
+        (["--classes", "9"], r"`--classes` must be at most 4; got 9"),
         (["--student-share", "2"], r"`--student-share` must be ≤ 1; got 2"),
         (["--bound", "-1"], r"`--bound` must be > 0; got -1"),
         (["--device", "cuda:99"], r"`--device` must be"),
