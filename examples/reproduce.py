@@ -140,7 +140,8 @@ def run(config: Config) -> tuple[str, list[str]]:
         held = []
         for cell in waiting:
             teacher = cell.workshop.folder("teacher")
-            if teacher in without_teacher and cell.method != "student":
+            needed = (cell.method, *cell.workshop.needs(cell.method))
+            if teacher in without_teacher and "teacher" in needed:
                 continue
             was_done = cell.record() is not None
             try:

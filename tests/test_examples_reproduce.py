@@ -21,7 +21,7 @@ from cifar_files import python_files, write_folder
 from parts.augment import Normalize
 from parts.data import ImageSet
 from parts.engine import DivergedError, Engine
-from parts.methods import METHODS, train_student
+from parts.methods import METHODS, Both, train_student
 from parts.models import build
 from parts.poster import PUBLISHED
 from parts.runs import Run
@@ -205,6 +205,17 @@ def test_a_gated_method_that_diverges_is_told_from_a_wrong_map(method, tmp_path)
     transfer = GraphTransferLoss(teacher.channels, 2) if method == "mhgd" else None
     with pytest.raises(DivergedError, match="phase 'student' must stay finite; it was nan"):
         train_student(method, student, teacher, transfer, engine, *settings)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+def test_losses_are_taken_in_float32_whatever_the_networks_run_in(amp, tmp_path):
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    image_set = ImageSet(images, torch.arange(8) % 4, tuple("abcd"))
+    run_of = Run(tmp_path, {"images": 0}, torch.device("cpu"), 30.0)
+    engine = Engine(image_set, image_set, 4, 0, amp, run_of, Normalize(image_set))
+    with Both(build("VGG7", 4, 0.05), build("VGG16", 4, 0.05), engine) as both:
+        for outputs in both(torch.randn(4, 3, 32, 32)):
+            assert outputs.logits.dtype == torch.float32
 
 
 def test_every_row_of_the_heads_table_has_its_own_method(data):

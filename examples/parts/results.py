@@ -109,11 +109,8 @@ def write_results(out: Path, name: str, rows: Sequence[Row], cells: Sequence[Cel
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return accuracies after the last epoch, their mean and standard deviation (of a sample)."""
     accuracies = [record["accuracy"] for record in records]
-    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     return {
-        "mean": round(statistics.mean(accuracies), 2),
-        "sd": None if spread is None else round(spread, 2),
-        "n": len(accuracies),
+        **_spread(accuracies),
         "seeds": [record["about"]["seed"] for record in records],
         "accuracies": accuracies,
     }
@@ -133,13 +130,14 @@ def _gain(
         for record in records
         if record["about"]["seed"] in of_seed
     ]
-    if not gains:
-        return None
-    spread = statistics.stdev(gains) if len(gains) > 1 else None
+    return _spread(gains) if gains else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {
-        "mean": round(statistics.mean(gains), 2),
-        "sd": None if spread is None else round(spread, 2),
-        "n": len(gains),
+        "mean": round(statistics.mean(values), 2),
+        "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+        "n": len(values),
     }
 
 

@@ -73,7 +73,7 @@ class Workshop:
             ValueError: a folder holds a run of other settings, or a damaged file.
             RuntimeError: the loss has diverged.
         """
-        for needed in self._needs(name):
+        for needed in self.needs(name):
             if self.train(needed) is None:
                 return None
         with hold(self.folder(name)) as mine:
@@ -158,7 +158,8 @@ class Workshop:
             fields += ["gate", "bound"]
         return fields
 
-    def _needs(self, name: str) -> tuple[str, ...]:
+    def needs(self, name: str) -> tuple[str, ...]:
+        """Return what must be trained before a network."""
         if name == "estimators":
             return ("teacher",)
         if name in MHGD:
@@ -204,7 +205,7 @@ class Workshop:
 
     def _student(self, method: str, engine: Engine) -> tuple[nn.Module, dict[str, Any]]:
         result: dict[str, Any] = {}
-        if self._needs(method):
+        if self.needs(method):
             teacher, result = self._trained_teacher(engine)
         else:
             teacher = self._network(self.experiment.teacher)

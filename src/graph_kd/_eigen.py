@@ -151,6 +151,7 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     largest = lengths.topk(count + 1, dim=1).values
     top, edge = largest[:, :1], largest[:, -1:]
     degree = int((LOG_SPREAD / _growth(top / edge)).median().clamp(2, DEGREE))
+    # The ratio that grows by x a degree is cosh²(x/2): steeper samples take a higher edge.
     edge = torch.maximum(edge, top / math.cosh(LOG_LIMIT / degree / 2) ** 2)
     rows, before = _chebyshev(gram, block, image, edge, degree)
     rows[:, -EXTRA // 2 :] = before[:, -EXTRA // 2 :]
@@ -208,7 +209,8 @@ def _filter(gram: Tensor, ritz: _Ritz) -> Tensor:
     growth = _growth(values / edge)
     needed = torch.log((angle * MARGIN / TOLERANCE).clamp_min(1)) / growth[:, : angle.shape[1]]
     needed = torch.where(rearrange(ritz.worth_more, "b -> b 1"), needed, 0)
-    degree = math.ceil(torch.minimum(needed.max(), LOG_RANGE / growth.max()).clamp(1, DEGREE))
+    most = (LOG_RANGE / growth.max()).floor()
+    degree = int(torch.minimum(needed.max().ceil(), most).clamp(1, DEGREE))
     dominates = rearrange(values, "b q -> b 1 q") > DOMINATES * rearrange(values, "b p -> b p 1")
     # Half of the growth to come is taken off, so that neither end leaves the range of float32.
     scale = torch.exp(growth * (-degree / 2)).unsqueeze(-1)

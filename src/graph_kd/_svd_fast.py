@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from graph_kd._eigen import leading_pairs, subspace_size
@@ -104,8 +104,7 @@ def top_vectors_gradient(
         chosen = used.to(torch.uint8).topk(most, dim=1).indices
         shift = values.gather(1, chosen)
         grad_used = grad.masked_fill(rearrange(hard, "b -> b 1 1"), 0)  # those need no solution
-        chosen = rearrange(chosen, "b j -> b j 1")
-        chosen = chosen.expand(-1, -1, c)
+        chosen = repeat(chosen, "b j -> b j c", c=c)
         grad_j, v = grad_used.gather(1, chosen), vectors.gather(1, chosen)
         # d<v_j, g_j> = <w_j, dG v_j> with dG = dMᵀ M + Mᵀ dM and w_j the response to g_j.
         if n >= c:
