@@ -117,7 +117,7 @@ def test_a_common_map_takes_the_fast_way_and_a_steep_one_the_exact():
 
 
 def test_values_lost_in_a_gram_matrix_are_found_in_the_map():
-    values = [1.0, 0.016, 0.99 * 0.016, 0.98 * 0.016, *[0.2 * 0.016] * 36]
+    values = [1.0, 0.02, 0.997 * 0.02, 0.994 * 0.02, *[0.2 * 0.02] * 36]
     matrix, right = map(
         torch.cat, zip(*(matrix_of(values, 40, 256, i) for i in range(12)), strict=True)
     )
