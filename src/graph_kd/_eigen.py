@@ -240,11 +240,11 @@ def _chebyshev(
     rounding errors, and must be cleared from it.
     """
     slope = rearrange(2 / edge, "b 1 -> b 1 1")
-    before, rows = rows, torch.addcmul(-rows, image, slope)
-    gram = gram * (2 * slope)
-    for m in range(2, degree + 1):  # T_m = 2 x T_m-1 - T_m-2
-        rest = torch.add(before, rows, alpha=2)
-        rows, before = rest.baddbmm_(rows, gram, beta=-1), rows
+    before, rows = rows.clone(), torch.addcmul(-rows, image, slope)
+    twice = gram * (2 * slope)  # 2 x, with x = 2 G/edge - 1
+    twice.diagonal(dim1=-2, dim2=-1).sub_(2)
+    for m in range(2, degree + 1):  # T_m = 2 x T_m-1 - T_m-2, in the place of T_m-2
+        rows, before = before.baddbmm_(rows, twice, beta=-1), rows
         if m % 2 == 0:
             rows = cleared(rows)
     return rows, before
