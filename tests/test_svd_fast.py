@@ -237,6 +237,26 @@ def test_shifted_systems_equal_a_dense_solution(seed, count):
     assert (error[close] < 2e-3).all()
 
 
+def test_a_small_gap_makes_nothing_of_the_angle_that_is_left_to_a_vector():
+    values = torch.tensor([1.0, 0.98, *[0.4] * 30]).double()
+    basis = torch.linalg.qr(
+        torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).double()
+    ).Q.mT
+    angle, outside = torch.tensor(_eigen.TOLERANCE).double(), basis[31]
+    vectors = basis[:6].clone()
+    vectors[1] = angle.cos() * basis[1] + angle.sin() * outside
+    right = outside + 0.1 * basis[5]
+    gram = (basis.mT * values) @ basis
+    got, solved = solve_shifted(
+        *(x.float()[None] for x in (gram, values[:6], vectors, right[None])),
+        count=2,
+        shift=values[None, :1].float(),
+    )
+    assert solved.all()
+    wanted = right / (1 - 0.4)
+    assert (got[0, 0] - wanted).norm() <= _eigen.TOLERANCE * wanted.norm()
+
+
 def test_one_bad_sample_does_not_disturb_the_others():
     features = relu_noise((8, 8, 24), batch=6)
     wanted = SVDFeature(4)(features)

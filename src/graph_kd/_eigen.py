@@ -24,7 +24,7 @@ __all__ = ["LeadingPairs", "leading_pairs", "subspace_size"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
 DIRECT = 16  # a Gram matrix up to this size, or 3 p, is decomposed whole: that is as fast
-TOLERANCE = 2e-4  # radian, angle left to the leading subspace; a gradient errs by five times that
+TOLERANCE = 3e-4  # radian, angle left to the leading subspace; a gradient errs by 2.5 times that
 MARGIN = 10.0  # by which a filter aims below the tolerance
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
 ROUNDS = 5  # filters at most
