@@ -218,6 +218,23 @@ def test_losses_are_taken_in_float32_whatever_the_networks_run_in(amp, tmp_path)
             assert outputs.logits.dtype == torch.float32
 
 
+def test_a_record_has_the_mean_of_every_loss_of_an_epoch(tmp_path):
+    image_set = ImageSet(
+        torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4, tuple("abcd")
+    )
+    run_of = Run(tmp_path, {"images": 0}, torch.device("cpu"), 30.0)
+    engine = Engine(image_set, image_set, 4, 0, None, run_of, Normalize(image_set))
+    transfers = iter([10.0, 30.0, 5.0, torch.inf])
+
+    def step(_images, _labels):
+        return {"loss": torch.tensor(1.5), "transfer_loss": torch.tensor(next(transfers))}
+
+    engine.run("student", 2, step, {})
+    first, second = run_of.phase("student")["epochs"]
+    assert first == {"epoch": 1, "loss": 1.5, "transfer_loss": 20.0}
+    assert second == {"epoch": 2, "loss": 1.5, "transfer_loss": None}  # JSON has no infinity
+
+
 def test_every_row_of_the_heads_table_has_its_own_method(data):
     config = reproduce.Config(data_dir=data, table=("heads",), seeds=(0,), device="cpu")
     cells = [c for c in reproduce.cells_to_train("heads", config) if c.method != "teacher"]

@@ -79,16 +79,17 @@ class Engine:
         self,
         phase: str,
         epochs: int,
-        step: Callable[[Tensor, Tensor], Tensor],
+        step: Callable[[Tensor, Tensor], dict[str, Tensor]],
         state: dict[str, Stateful],
         *,
         model: nn.Module | None = None,
         scheduler: LRScheduler | None = None,
         before_epoch: Callable[[int], None] | None = None,
     ) -> None:
-        """Call ``step(images, labels)``, which returns the loss to show, for every batch.
+        """Call ``step(images, labels)``, which returns losses by name, for every batch.
 
-        Each process steps on its share of the batch; the mean of their losses is shown. ``state``
+        Each process steps on its share of the batch; the record has the means of an epoch over all
+        of them. One named "loss" is among them, and must stay finite. ``state``
         is all that the phase changes and later phases need, but for ``model`` and ``scheduler``.
         With a ``model`` its test accuracy is measured after every epoch, and the last one is the
         phase's result. What an interrupted run has done already is taken over.
@@ -118,15 +119,16 @@ class Engine:
                 for images, labels in batches(self.train_set, self.batch_size, order):
                     own = share_of(random_crop_flip(images, order))  # drawn for all alike
                     inputs = _channels_last(self.normalize(own))
-                    loss = step(inputs, share_of(labels))
-                    losses.append(loss.detach())
+                    of_step = step(inputs, share_of(labels))
+                    losses.append(torch.stack([loss.detach() for loss in of_step.values()]))
                     bar.update()
-                mean = mean_over_processes(torch.stack(losses).mean())
-                mean_loss = mean.item()  # waits for the device
-                if not math.isfinite(mean_loss):
-                    raise DivergedError(phase, mean_loss)
+                means = mean_over_processes(torch.stack(losses).mean(dim=0))
+                mean_of = dict(zip(of_step, means.tolist(), strict=True))  # waits for the device
+                if not math.isfinite(mean_of["loss"]):
+                    raise DivergedError(phase, mean_of["loss"])
                 seconds = time.perf_counter() - started
-                values: dict[str, float] = {"epoch": epoch + 1, "loss": round(mean_loss, 5)}
+                values: dict[str, float | None] = {"epoch": epoch + 1}
+                values |= {k: round(v, 5) if math.isfinite(v) else None for k, v in mean_of.items()}
                 if scheduler is not None:
                     values["learning_rate"] = round(float(scheduler.get_last_lr()[0]), 8)
                     scheduler.step()

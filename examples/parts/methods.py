@@ -74,7 +74,7 @@ def train_estimators(
     optimizer = nesterov(list(transfer.parameters()), settings.learning_rate, weight_decay=1e-3)
     with FeatureHooks(teacher, teacher.sensing_points) as of_teacher:
 
-        def step(images: Tensor, _labels: Tensor) -> Tensor:
+        def step(images: Tensor, _labels: Tensor) -> dict[str, Tensor]:
             with engine.autocast(), torch.no_grad():
                 teacher(images)
             loss = transfer.estimator_loss(of_teacher.features)
@@ -82,7 +82,7 @@ def train_estimators(
             # The loss is the whole batch's on every process, and so are its gradients.
             loss.backward()  # type: ignore[no-untyped-call] # torch's own has no types
             optimizer.step()
-            return loss
+            return {"loss": loss}
 
         state: dict[str, Stateful] = {"estimators": transfer, "optimizer": optimizer}
         engine.run("estimators", settings.first_epochs, step, state)
@@ -311,7 +311,7 @@ def _descend(
     scaler = engine.scaler()
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
+    def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with engine.autocast():
             value = loss(images, labels)
         optimizer.zero_grad()
@@ -319,7 +319,7 @@ def _descend(
         average_gradients(params)
         scaler.step(optimizer)
         scaler.update()
-        return value
+        return {"loss": value}
 
     engine.run(
         phase,
@@ -346,13 +346,13 @@ def _descend_gated(
     def open_gate(epoch: int) -> None:
         optimizer.bound = settings.bound / (1 + exp(-epoch))  # from a half to one times `bound`
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
+    def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         task, transfer = losses(images, labels)
         optimizer.zero_grad()
         optimizer.backward(scaler.scale(task), scaler.scale(transfer))
         scaler.step(optimizer)
         scaler.update()
-        return task
+        return {"loss": task, "transfer_loss": transfer}
 
     engine.run(
         "student",
