@@ -127,7 +127,6 @@ def run(config: Config) -> str:
     image_set = digits() if config.data_dir is None else load_cifar100(config.data_dir)[0]
     image_set = image_set.to(device)
     images = Normalize(image_set)(image_set.images[: config.batch_size])
-    labels = image_set.labels[: config.batch_size]
     networks = {
         name: trained(name, image_set, config)
         for pair in PAIRS
@@ -146,7 +145,9 @@ def run(config: Config) -> str:
             plot_vectors(config.out / "vectors.png", result)
         elif part == "step":
             result[part] = {
-                f"{t} → {s}": measure_step(networks[t], networks[s], images, labels, config.repeats)
+                f"{t} → {s}": measure_step(
+                    networks[t], networks[s], image_set, config.batch_size, config.repeats
+                )
                 for t, s in PAIRS
             }
         else:

@@ -1,12 +1,18 @@
-"""Benchmark of a training step: what MHGD costs beside the network passes it can not do without."""
+"""Benchmark of a training step: what MHGD costs beside the network passes it can not do without.
+
+And what it takes to have a batch ready: see `parts/augment.py`.
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from parts.augment import Normalize, batches, random_crop_flip
+from parts.data import ImageSet
 from parts.engine import nesterov
 from parts.models import Network
 from parts.timing import median_ratio, paired_seconds, peak_memory
@@ -21,7 +27,13 @@ __all__ = ["measure_step"]
 class _Steps:
     """The parts of a step, each a method without arguments."""
 
-    def __init__(self, teacher: Network, student: Network, images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, teacher: Network, student: Network, image_set: ImageSet, batch_size: int
+    ) -> None:
+        self.stream = _endless(image_set, batch_size)
+        self.normalize = Normalize(image_set)
+        images = self.normalize(image_set.images[:batch_size])
+        labels = image_set.labels[:batch_size]
         self.teacher = teacher.eval().requires_grad_(requires_grad=False)
         self.student = student.train()
         self.images, self.labels = images, labels
@@ -34,6 +46,10 @@ class _Steps:
         first = dict(student.named_modules())[student.sensing_points[0]]
         front = {id(p) for p in first.parameters()}
         self.behind_first = [p for p in self.params if id(p) not in front]
+
+    def input_pipeline(self) -> None:
+        """The next batch as training takes it: drawn, shifted, mirrored, standardised."""
+        self.normalize(next(self.stream)).contiguous(memory_format=torch.channels_last)
 
     def task(self) -> Tensor:
         return F.cross_entropy(self.student(self.images), self.labels)
@@ -84,13 +100,21 @@ class _Steps:
         self.optimizer.step()
 
 
+def _endless(image_set: ImageSet, batch_size: int) -> Iterator[Tensor]:
+    order = torch.Generator().manual_seed(0)
+    while True:
+        for images, _ in batches(image_set, batch_size, order):
+            yield random_crop_flip(images, order)
+
+
 def measure_step(
-    teacher: Network, student: Network, images: Tensor, labels: Tensor, repeats: int
+    teacher: Network, student: Network, image_set: ImageSet, batch_size: int, repeats: int
 ) -> dict[str, Any]:
     """Return seconds of a step and of its parts, medians of ``repeats``, and their ratios."""
-    steps, device = _Steps(teacher, student, images, labels), images.device
+    steps, device = _Steps(teacher, student, image_set, batch_size), image_set.images.device
     seconds = paired_seconds(
         {
+            "input pipeline": steps.input_pipeline,
             "student alone": steps.student_alone,
             "teacher forward": steps.teacher_forward,
             "floor": steps.floor,
@@ -107,6 +131,9 @@ def measure_step(
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "complete / floor": median_ratio(seconds["complete"], seconds["floor"]),
         "merge / complete": median_ratio(seconds["merge"], seconds["complete"]),
+        "input pipeline / student alone": median_ratio(
+            seconds["input pipeline"], seconds["student alone"]
+        ),
         "peak_bytes": {
             "floor": peak_memory(steps.floor, device),
             "complete": peak_memory(steps.complete, device),

@@ -78,7 +78,7 @@ def _step(pairs: dict[str, dict[str, Any]]) -> str:
     ]
     cells += [
         [f"**{ratio}**", *(f"**{pair[ratio]:.3f}**" for pair in pairs.values())]
-        for ratio in ("complete / floor", "merge / complete")
+        for ratio in ("complete / floor", "merge / complete", "input pipeline / student alone")
     ]
     cells += [
         [f"peak MiB, {name}", *(f"{p['peak_bytes'][name] / MEBI:.0f}" for p in pairs.values())]
