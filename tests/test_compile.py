@@ -1,5 +1,8 @@
 """torch.compile with fullgraph: the same numbers as eager, one graph, no recompilation."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +42,18 @@ def test_transfer_loss_and_gradient_equal_eager(squash):
     loss = GraphTransferLoss(CHANNELS, 3, squash=squash)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(loss_and_gradient(compiled, 0), loss_and_gradient(loss, 0))
+
+
+def test_a_copy_of_a_compiled_loss_runs_its_own_weights():
+    torch.manual_seed(0)
+    loss = GraphTransferLoss(CHANNELS, 3)
+    loss.compile(backend="eager")
+    for twin in (copy.copy(loss), pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert torch.equal(twin(features(0), features(1)), twin.forward(features(0), features(1)))
+    with torch.no_grad():
+        twin.estimators[0].theta[0].weight.zero_()
+    assert torch.equal(twin(features(0), features(1)), twin.forward(features(0), features(1)))
+    assert not torch.equal(twin(features(0), features(1)), loss(features(0), features(1)))
 
 
 def test_new_content_needs_no_new_graph():

@@ -3,7 +3,9 @@
 Losses here are linear, Σ p · g: their gradients are the ones the test chose.
 """
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from golden_case import load
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
+from torch.utils.checkpoint import checkpoint
 
 from graph_kd import GatedGradClip
 from graph_kd._gate import gate_factors, merge_gradients
@@ -581,6 +584,74 @@ def test_an_overflow_among_accumulated_gradients_halves_the_scale_once():
     for transfer in (broken, good, good, good):
         optimizer.backward(linear(params, task), linear(params, transfer))
     assert optimizer.state_dict()["transfer_scale"] == 0.5
+
+
+def test_micro_batches_of_one_step_count_once_towards_a_larger_scale(monkeypatch):
+    monkeypatch.setattr("graph_kd._grad_clip.SCALE_GROWTH_INTERVAL", 3)
+    params, optimizer, task, good, broken = skip_case(math.inf)
+    optimizer.backward(linear(params, task), linear(params, broken))
+    scales = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        for _ in range(4):
+            optimizer.backward(linear(params, task), linear(params, good))
+        scales.append(optimizer.state_dict().get("transfer_scale", 1.0))
+    assert scales == [0.5, 0.5, 1.0, 1.0]
+
+
+def test_a_copy_knows_how_long_ago_the_last_overflow_was():
+    params, optimizer, task, good, broken = skip_case(math.inf)
+    for transfer in (broken, good, good):
+        optimizer.zero_grad()
+        optimizer.backward(linear(params, task), linear(params, transfer))
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert twin.state_dict()["steps_since_overflow"] == 2
+    assert copy.deepcopy(optimizer).state_dict()["steps_since_overflow"] == 2
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_complex_parameters_keep_their_imaginary_part(scope):
+    param = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    optimizer = GatedGradClip(torch.optim.SGD([param], lr=0.1), scope=scope)
+    task, transfer = (param * (1 + 2j)).real.sum(), (param * (0.5 - 1j)).real.sum()
+    wanted = [torch.autograd.grad(loss, param, retain_graph=True)[0] for loss in (task, transfer)]
+    optimizer.backward(task, transfer)
+    torch.testing.assert_close(param.grad, wanted[0] + wanted[1])
+
+
+def behind_a_checkpoint(use_reentrant):
+    block, head = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+    optimizer = GatedGradClip(torch.optim.SGD([*block.parameters(), *head.parameters()], lr=0.1))
+    x = torch.ones(2, 3, requires_grad=True)
+    output = head(checkpoint(block, x, use_reentrant=use_reentrant))
+    return block, optimizer, output.sum(), output.square().sum()
+
+
+def test_refuses_reentrant_checkpoints_which_would_train_nothing_inside_them():
+    block, optimizer, task, transfer = behind_a_checkpoint(use_reentrant=True)
+    with pytest.raises(RuntimeError, match="Pass use_reentrant=False"):
+        optimizer.backward(task, transfer)
+    assert block.weight.grad is None
+
+
+def test_trains_what_is_inside_other_checkpoints():
+    block, optimizer, task, transfer = behind_a_checkpoint(use_reentrant=False)
+    optimizer.backward(task, transfer)
+    assert block.weight.grad.any()
+
+
+def test_rejects_a_scope_set_to_something_else():
+    params, optimizer, task, good, _ = skip_case(0.0)
+    optimizer.scope = "globl"
+    with pytest.raises(ValueError, match="`scope` must be one of 'parameter', 'global'; got 'glo"):
+        optimizer.backward(linear(params, task), linear(params, good))
+
+
+@pytest.mark.parametrize("factor", [None, "1"])
+def test_rejects_a_gate_that_returns_no_number(factor):
+    params, optimizer, task, good, _ = skip_case(0.0, gate=lambda *_: factor)
+    with pytest.raises(ValueError, match=f"must return a single number; it returned {factor!r}"):
+        optimizer.backward(linear(params, task), linear(params, good))
 
 
 @pytest.mark.parametrize("bound", [math.nan, math.inf, -1.0])

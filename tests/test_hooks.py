@@ -1,6 +1,7 @@
 """FeatureHooks: what it collects, from which models, and what it refuses."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -193,6 +194,18 @@ def test_a_copy_of_the_model_leaves_the_hooks_of_the_original_alone(net):
         with FeatureHooks(twin, LAYERS) as hooks_of_twin:
             twin(batch(2))
             assert_features(hooks_of_twin, by_hand(twin, batch(2)))
+
+
+def test_a_pickle_of_the_model_has_idle_hooks_and_no_features(net):
+    with FeatureHooks(net, LAYERS) as hooks:
+        empty = len(pickle.dumps(net))
+        net(batch())
+        before = hooks.features
+        assert len(pickle.dumps(net)) == empty
+        twin = pickle.loads(pickle.dumps(net))
+        twin(batch(2))
+        assert all(a is b for a, b in zip(hooks.features, before, strict=True))
+    assert len(pickle.dumps(twin)) == len(pickle.dumps(pickle.loads(pickle.dumps(twin))))
 
 
 def test_hooks_do_not_change_the_output(net):

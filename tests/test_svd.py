@@ -227,6 +227,16 @@ def test_gradient_can_not_be_differentiated_again():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_weighs_the_vectors_is_no_constant_of_their_gradient(dtype):
+    features = random_map((3, 3, 5)).to(dtype).requires_grad_()
+    weight = torch.ones((), dtype=dtype, requires_grad=True)
+    loss = (weight * SVDFeature(1)(features)[..., 0]).sum()
+    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="SVDFeature can not be differentiated again"):
+        torch.autograd.grad(gradient.square().sum(), weight)
+
+
 @pytest.mark.parametrize(
     ("shape", "channel_dim", "rows"),
     [

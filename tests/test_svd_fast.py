@@ -305,6 +305,20 @@ def test_float32_products_are_whole_whatever_the_user_allows_other_layers(monkey
     assert seen == ["ieee"]
 
 
+def test_a_precision_that_was_inherited_stays_so():
+    backends = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        return  # before torch 2.9 nothing is inherited
+    before = backends.fp32_precision
+    try:
+        backends.fp32_precision = "tf32"
+        SVDFeature(1)(relu_noise((4, 5, 24)))
+        backends.fp32_precision = "ieee"
+        assert precision() == "ieee"
+    finally:
+        backends.fp32_precision = before
+
+
 # torch.compile itself makes a Function object to trace one.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("point", [(8, 8, 24), (4, 5, 40)])

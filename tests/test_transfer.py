@@ -249,6 +249,22 @@ def test_survives_copy_pickle_and_state_dict():
         assert torch.equal(twin(student, teacher), loss(student, teacher))
 
 
+@pytest.mark.parametrize("block_rows", [None, 2])
+def test_a_squash_may_take_edges_out_of_the_graphs(block_rows):
+    def without_first(logits):
+        return logits.masked_fill(torch.arange(logits.shape[-1]) == 0, -torch.inf)
+
+    student, teacher = features(), features(seed=1)
+    for maps in student:
+        maps.requires_grad_()
+    loss = make(squash=without_first, block_rows=block_rows)
+    value = loss(student, teacher)
+    gradients = torch.autograd.grad(value, student)
+    assert value.isfinite()
+    assert all(g.isfinite().all() and g.any() for g in gradients)
+    assert not any(graph[..., 0].any() for graph in loss.graphs(teacher))
+
+
 @pytest.mark.parametrize("squash", [lambda s: s.mean(-1, keepdim=True), lambda _: None])
 def test_rejects_a_squash_that_returns_something_else(squash):
     with pytest.raises(ValueError, match=r"`squash` must return logits of the shape"):

@@ -20,13 +20,14 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     return int(value)
 
 
-def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number above zero."""
+def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
+    """Return ``value`` as a float if it is a finite number above zero, or zero where it may be."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number; got {value!r} ({type(value).__name__}).")
     number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError(f"`{name}` must be a finite number > 0; got {value}.")
+    if not (0 < number < float("inf") or (or_zero and number == 0)):
+        least = "≥ 0" if or_zero else "> 0"
+        raise ValueError(f"`{name}` must be a finite number {least}; got {value}.")
     return number
 
 

@@ -53,7 +53,10 @@ class HoldsProcessGroup:
     process_group: dist.ProcessGroup | None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"process_group": None}
+        state = self.__dict__ | {"process_group": None}
+        # What `Module.compile` leaves runs the module it was called on; torch drops it likewise.
+        state.pop("_compiled_call_impl", None)
+        return state
 
     def __copy__(self) -> Any:
         twin = self.__class__.__new__(self.__class__)

@@ -119,6 +119,11 @@ class MultiHeadGraphEstimator(nn.Module):
         if kept_heads is None:
             kept_heads = self.draw_kept_heads(back)
         if kept_heads is not None:
+            if kept_heads.shape != graphs_mij.shape[:2]:
+                raise ValueError(
+                    f"`kept_heads` must have shape (heads, samples) = "
+                    f"{tuple(graphs_mij.shape[:2])}; got {tuple(kept_heads.shape)}."
+                )
             graphs_mij = graphs_mij * rearrange(kept_heads, "m i -> m i 1")
         with _full_precision(front):
             values_jd = self.f1(front)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 __all__ = ["Gate", "Merged", "Scope", "gate_factors", "gradient_norms", "merge_gradients"]
@@ -51,7 +53,8 @@ def merge_gradients(
     finite, factors = bool(torch.isfinite(transfer_norm).all()), torch.zeros_like(transfer_norm)
     if finite:
         factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
-        finite = bool(torch.isfinite(factors).all())
+        # The named gates are finite then; to look would wait for the device once more.
+        finite = not callable(gate) or bool(torch.isfinite(factors).all())
     if not finite:
         factors = torch.zeros_like(transfer_norm)
     factor_of = dict(zip(reached, factors.expand(len(reached)), strict=True)) if finite else {}
@@ -66,7 +69,8 @@ def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) 
         # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
         # place by those who clip or unscale it.
         return None if task is None else task.clone()
-    gated = (transfer.to(factor.dtype) * factor.to(transfer.device)).to(transfer.dtype)
+    precise = torch.promote_types(transfer.dtype, factor.dtype)
+    gated = (transfer.to(precise) * factor.to(transfer.device)).to(transfer.dtype)
     if task is None:
         return gated
     return gated.add_(task) if gated.dtype == task.dtype else task + gated
@@ -80,16 +84,18 @@ def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound:
     if gate == "sigmoid":
         # A transfer gradient of zero may have any factor; 0 / 0 must not make it NaN.
         return torch.sigmoid((task_norm / transfer_norm).nan_to_num(1.0).clamp_min(1.0))
-    factors = [
-        torch.as_tensor(gate(t, d)).to(task_norm)
-        for t, d in zip(task_norm, transfer_norm, strict=True)
-    ]
-    for factor in factors:
+    factors = []
+    for task, transfer in zip(task_norm, transfer_norm, strict=True):
+        factor = gate(task, transfer)
+        if not isinstance(factor, (Tensor, Real)):
+            raise ValueError(f"`gate` must return a single number; it returned {factor!r}.")
+        factor = torch.as_tensor(factor).to(task_norm)
         if factor.numel() != 1:
             raise ValueError(
                 f"`gate` must return a single number; it returned shape {tuple(factor.shape)}."
             )
-    return torch.cat([factor.reshape(1) for factor in factors])
+        factors.append(rearrange(factor, "... -> (...)"))
+    return torch.cat(factors)
 
 
 def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -21,6 +21,7 @@ from graph_kd._gate import Gate, Scope, merge_gradients
 __all__ = ["GatedGradClip"]
 
 SCALE_GROWTH_INTERVAL = 2000  # steps, as torch's GradScaler
+SCOPES = ("parameter", "global")
 LEAST_SCALE = 2.0**-24  # the smallest number above zero in float16
 
 
@@ -87,7 +88,8 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
             loss is no tensor.
         ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
             gives a sparse gradient, or a callable gate that returns no single number.
-        RuntimeError: several processes are running and no process group was given.
+        RuntimeError: several processes are running and no process group was given, or the first
+            losses came through reentrant activation checkpoints.
 
     Example:
         >>> import torch
@@ -108,6 +110,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
     _left: dict[Tensor, _Left]
     _factors: Tensor | None
     _skipping: bool
+    _seen: bool
     _scale: float
     _steps_since_overflow: int
 
@@ -125,7 +128,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
                 f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}."
             )
         check_choice("gate", gate, ("norm", "sigmoid"), or_callable=True)
-        check_choice("scope", scope, ("parameter", "global"), or_callable=False)
+        check_choice("scope", scope, SCOPES, or_callable=False)
         self.__setstate__(
             {
                 "optimizer": optimizer,
@@ -135,6 +138,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
                 "process_group": check_process_group(process_group),
                 "skipped": 0,
                 "_scale": 1.0,
+                "_steps_since_overflow": 0,
             }
         )
         self._trained_parameters()  # what can not be trained is told before the first step
@@ -147,11 +151,14 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         reaches keeps None.
         """
         self._check_processes()
-        if not 0 <= self.bound < float("inf"):
-            raise ValueError(f"`bound` must be a finite number ≥ 0; got {self.bound}.")
+        check_choice("scope", self.scope, SCOPES, or_callable=False)  # may be set at any time
+        check_positive("bound", self.bound, or_zero=True)  # a schedule may begin there
         params = self._trained_parameters()
         if not params:
             raise ValueError("`optimizer` must hold a parameter that requires gradient; none does.")
+        if not self._seen:
+            _refuse_reentrant(task_loss, transfer_loss)
+            self._seen = True
         new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
         new_transfer = _gradients(
             "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
@@ -169,7 +176,8 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         first_overflow = not merged.finite and not (continues and self._skipping)
         self.skipped += first_overflow
         self._skipping = not merged.finite
-        self._adapt_scale(first_overflow)
+        if first_overflow or not continues:
+            self._adapt_scale(first_overflow)
         self._factors = merged.factors
         self._left = {}
         for p, gradient, *sums in zip(params, merged.gradients, task, transfer, strict=True):
@@ -250,7 +258,15 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Like gradients, hooks and accumulated sums are not part of an optimizer's state.
-        names = ("optimizer", "gate", "scope", "bound", "skipped", "_scale")
+        names = (
+            "optimizer",
+            "gate",
+            "scope",
+            "bound",
+            "skipped",
+            "_scale",
+            "_steps_since_overflow",
+        )
         return {name: getattr(self, name) for name in names} | {"process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -258,7 +274,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         self._left = {}
         self._factors = None
         self._skipping = False
-        self._steps_since_overflow = 0
+        self._seen = False
         # torch's unpickling path sets up hooks and nothing else, while its constructor would make
         # param groups of this wrapper's own.
         super().__setstate__({})
@@ -345,6 +361,24 @@ def _gradients(
     if scale == 1:
         return list(gradients)
     return [None if gradient is None else gradient / scale for gradient in gradients]
+
+
+def _refuse_reentrant(*losses: Any) -> None:
+    """Refuse reentrant checkpoints: without an error they leave their parameters no gradient."""
+    nodes = [loss.grad_fn for loss in losses if isinstance(loss, Tensor)]
+    looked_at = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in looked_at:
+            continue
+        looked_at.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "The student must not use reentrant activation checkpoints: parameters inside them "
+                "get their gradient from `.backward()` only. Pass use_reentrant=False to "
+                "`torch.utils.checkpoint.checkpoint`."
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ class FeatureHooks:
     `torch.compile` wrappers are seen through. Place hooks before a compiled model's first call;
     torch ignores those that come later. An in-place operation after a sensing point (such as
     ``ReLU(inplace=True)``) changes what was collected; name that layer instead. A copy of the model
-    (an average of weights, say) leaves the hooks of the original alone.
+    (an average of weights, say) leaves the hooks of the original alone, and so does a pickle.
 
     Args:
         model: The model; its own forward must be called, it marks the beginning of a pass.
@@ -121,6 +121,9 @@ class _Hook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": None}  # idle in a pickle too, which must not hold a batch's outputs
 
 
 class _Begin(_Hook):

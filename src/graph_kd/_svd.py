@@ -205,7 +205,7 @@ class _FastVectors(torch.autograd.Function):
         rows_bnc, *rest = ctx.saved_tensors
         with torch.no_grad():
             grad_rows = top_vectors_gradient(rows_bnc, *rest, grad_bkc)
-        return _once(grad_rows, rows_bnc), None, None
+        return _once(grad_rows, rows_bnc, grad_bkc), None, None
 
 
 class _ExactVectors(torch.autograd.Function):
@@ -223,20 +223,20 @@ class _ExactVectors(torch.autograd.Function):
         rows_bnc, *found = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
             grad_rows = gradient_of_vectors(rows_bnc, Decomposition(*found), grad_bkc)
-        return _once(grad_rows, rows_bnc), None
+        return _once(grad_rows, rows_bnc, grad_bkc), None
 
 
-def _once(gradient: Tensor, rows_bnc: Tensor) -> Tensor:
+def _once(gradient: Tensor, rows_bnc: Tensor, grad_bkc: Tensor) -> Tensor:
     """Tie a gradient to what it depends on, so that it is not taken for a constant."""
     if not torch.is_grad_enabled():  # but for create_graph=True
         return gradient
-    tied: Tensor = _RefuseSecondDerivative.apply(gradient, rows_bnc)  # type: ignore[no-untyped-call] # torch's own method has no types
+    tied: Tensor = _RefuseSecondDerivative.apply(gradient, rows_bnc, grad_bkc)  # type: ignore[no-untyped-call] # torch's own method has no types
     return tied
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, gradient: Tensor, _rows: Tensor) -> Tensor:
+    def forward(_ctx: Any, gradient: Tensor, *_depends_on: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

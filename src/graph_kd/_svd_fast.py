@@ -173,7 +173,9 @@ def _plain_float32(rows_bnc: Tensor) -> Iterator[None]:
             try:
                 yield
             finally:
-                backend.matmul.fp32_precision = before
+                backend.matmul.fp32_precision = "none"  # what was inherited stays inherited
+                if backend.matmul.fp32_precision != before:
+                    backend.matmul.fp32_precision = before
         else:  # before torch 2.9
             old = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")

@@ -61,7 +61,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         squash: What is done to the logits of teacher and student before the softmax. None: nothing
             (the poster). "tanh": the authors' program; it saturates on logits beyond ±2 and then
             carries no gradient. "scaled": division by the square root of the head width (ours). A
-            callable maps logits ``m i j`` to logits.
+            callable maps logits ``m i j`` to logits; one of -∞ takes an edge out of both graphs.
         reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
             divided by the number of samples.
         process_group: A `torch.distributed` group whose global batch the graphs span: each process
@@ -77,7 +77,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
-          teacher and student may differ in rank and in space
+          teacher and student may differ in rank and in space; of a mapping its values, in order
         - returns: scalar
 
     Raises:
@@ -174,6 +174,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 aligned as in `forward`. Without it the top k vectors are taken as they are.
         """
         checked = self._check("features", features)
+        check_equal_batches(len(checked[0]), checked[0].device, self.process_group)
         if align_to is None:
             rows = self._compress_teacher(checked, name="features")
         else:
@@ -238,7 +239,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def _log_graph(self, theta: Tensor, phi: Tensor) -> Tensor:
         """Return log G of the rows that ``theta`` has."""
         logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        return self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
+        log_graph = self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
+        if not callable(self.squash):
+            return log_graph
+        # A callable may mask edges by -∞, and 0 · (∞ - ∞) must not make the divergence NaN.
+        return log_graph.clamp_min(torch.finfo(log_graph.dtype).min)
 
     def _pair_loss(
         self,

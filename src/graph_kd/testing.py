@@ -46,6 +46,8 @@ def assert_feature_hooks(
     Raises:
         AssertionError: a check failed; the message names the layer.
     """
+    if not isinstance(sample, Tensor):
+        raise AssertionError(f"sample must be a tensor; got {type(sample).__name__}.")
     if len(student_layers) != len(teacher_layers):
         raise AssertionError(
             f"student_layers and teacher_layers must pair up; got {len(student_layers)} "
@@ -126,7 +128,7 @@ def _assertions(where: str) -> Iterator[None]:
     """Turn what a wrong model raises into an AssertionError that says where."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise AssertionError(f"{where}: {error}") from error
 
 
