@@ -28,7 +28,7 @@ import cifar100_wrn
 import tinyimagenet_vgg
 import tinyimagenet_wrn
 import torch
-from parts.config import flag, parse
+from parts.config import check_seeds, flag, parse
 from parts.engine import DivergedError
 from parts.methods import METHODS, MHGD
 from parts.models import build
@@ -67,6 +67,10 @@ class Config(Settings):
     rows: tuple[str, ...] | None = flag(None, "train only these rows")
     methods: tuple[Method, ...] | None = flag(None, "train these instead of the table's")
     render_only: bool = flag(False, "write the tables of what is there, train nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seeds("seeds", *self.seeds)
 
 
 def methods_of(table: Table, row: Row, config: Config) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
 import shutil
+import subprocess
+import sys
 from email.message import Message
 from pathlib import Path
 
@@ -222,6 +225,21 @@ def test_processes_decode_the_same_in_order_and_name_what_they_refuse(tmp_path, 
     with pytest.raises(ValueError, match=r"`3\.JPEG` must be a whole JPEG"):
         decode_once(sizes, files.__getitem__, 64, tmp_path / "b")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_import_nothing_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nfrom parts import jpegs\n"
+        "if __name__ == '__main__':\n"
+        "    with jpegs._processes(2) as pool:\n"
+        "        print(pool.submit(eval, \"'torch' in __import__('sys').modules\").result())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(jpegs.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 IMAGE = "train/n01/images/n01_4.JPEG"

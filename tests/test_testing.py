@@ -406,3 +406,18 @@ def test_a_hook_that_stays_behind_is_noticed(monkeypatch):
     monkeypatch.setattr("graph_kd._hooks.FeatureHooks.remove", lambda _self: None)
     with pytest.raises(AssertionError, match=r"Student, layers \['0'\]: a hook stayed attached"):
         assert_feature_hooks(stages(), stages(), ["0"], ["0"], torch.randn(4, 6))
+
+
+def test_a_sample_that_is_no_tensor_is_refused():
+    with pytest.raises(AssertionError, match="sample must be a tensor; got list"):
+        assert_feature_hooks(stages(), stages(), ["0"], ["0"], [torch.randn(4, 6)])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), IndexError("x")])
+def test_what_a_forward_fails_with_says_where(error):
+    def fails(_x):
+        raise error
+
+    broken = nn.Sequential(nn.Linear(6, 8), Apply(fails))
+    with pytest.raises(AssertionError, match=r"Student, layers \['0'\]: 'x'|layers \['0'\]: x"):
+        assert_feature_hooks(broken, stages(), ["0"], ["0"], torch.randn(4, 6))

@@ -43,7 +43,8 @@ class Filter:
 
     def first_block(self, gram: Tensor, kept: int, _count: int) -> Tensor:
         """Take the place of the package's own first filter."""
-        start = repeat(_eigen._start(kept, gram.shape[-1]).to(gram), "p s -> b p s", b=len(gram))
+        start = _eigen._start(kept, gram.shape[-1], gram.device)
+        start = repeat(start, "p s -> b p s", b=len(gram))
         return _eigen._chebyshev(gram, start, start @ gram, self.edge, self.degree)[0]
 
 

@@ -14,7 +14,15 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import torch
 from parts.distributed import fails_first
 
-__all__ = ["check_above_zero", "check_at_least", "check_device", "flag", "parse", "plain"]
+__all__ = [
+    "check_above_zero",
+    "check_at_least",
+    "check_device",
+    "check_seeds",
+    "flag",
+    "parse",
+    "plain",
+]
 
 C = TypeVar("C")
 
@@ -70,10 +78,17 @@ def check_above_zero(config: Any, *names: str) -> None:
             raise ValueError(f"`--{name.replace('_', '-')}` must be > 0; got {got}.")
 
 
+def check_seeds(name: str, *seeds: int) -> None:
+    """Refuse what is no seed of torch's generators."""
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"`--{name}` must be ≥ 0 and < 2**63; got {seed}.")
+
+
 def check_device(config: Any) -> None:
     """Refuse a config whose device this machine does not have."""
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=config.device).cpu()  # "meta" holds nothing
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`--device` must be one of this machine; got {config.device}.") from error
 

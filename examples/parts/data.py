@@ -70,8 +70,9 @@ class ImageSet:
 
     def take_share(self, share: float) -> ImageSet:
         """Keep the first ``share`` of each class in stored order, rounded up; 0 < share ≤ 1."""
-        counts = torch.bincount(self.labels, minlength=self.num_classes)
-        return self._keep(self._places() < (share * counts).ceil()[self.labels])
+        counts = torch.bincount(self.labels, minlength=self.num_classes).double()
+        # 0.07 · 100 is above 7 even in float64.
+        return self._keep(self._places() < (share * counts - 1e-6).ceil()[self.labels])
 
     def take_classes(self, count: int | None) -> ImageSet:
         """Keep the first ``count`` classes; None keeps all."""

@@ -26,7 +26,10 @@ def nesterov(params: list[nn.Parameter], learning_rate: float, weight_decay: flo
 
 
 def step_decay(optimizer: Optimizer, epochs: int) -> LRScheduler:
-    """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs."""
+    """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs.
+
+    Rounded to the nearest epoch, where the program cuts off; alike for a multiple of ten epochs.
+    """
     return MultiStepLR(optimizer, [max(1, round(epochs * part)) for part in (0.3, 0.6, 0.8)])
 
 
@@ -49,7 +52,7 @@ class Engine:
         batch_size: Images a step, of all processes.
         seed: Of the order of images and of the augmentation; the same for every phase, so that
             two students see the same batches.
-        amp: Type that the models' forward passes run in; None is float32 throughout.
+        amp: Type that the models' forward passes run in; None is float32.
         run_of: Where epochs are written, and where an interrupted run goes on.
         normalize: What is made of pixels, for all networks alike.
     """

@@ -46,7 +46,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         except BaseException as error:
             Path(file.name).unlink()
-            if isinstance(error, OSError) and error.errno is not None:
+            # A connection that broke while a download was written wants no room.
+            broken = isinstance(error, (ConnectionError, TimeoutError))
+            if isinstance(error, OSError) and error.errno is not None and not broken:
                 raise OSError(
                     error.errno,
                     f"{path} could not be written ({error.strerror}); what was there is kept. Make "

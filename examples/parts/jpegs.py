@@ -1,17 +1,21 @@
 """JPEG files decoded by several processes.
 
-Nothing here imports torch, which would take a process longer than thousands of small images.
+Nothing here imports torch, which would take a process longer than thousands of small images, and
+the processes are kept from importing the script that is run.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator, Iterable
+import sys
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
+from unittest.mock import patch
 
 from parts.errors import malformed
 from PIL import Image
@@ -46,10 +50,19 @@ def decoded(
         yield from map(decode, files)
         return
     files = iter(files)
-    # Forking would copy the locks of torch's threads in whatever state they are.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with _processes(workers) as pool:
         while group := list(islice(files, GROUP)):
             yield from pool.map(decode, group, chunksize=CHUNK)
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Forking would copy the locks of torch's threads in whatever state they are.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        # A spawned process imports the main module again, unless that has no name and no file.
+        with patch.multiple(sys.modules["__main__"], create=True, __spec__=None, __file__=None):
+            pool.submit(int)  # starts all of them
+        yield pool
 
 
 def _decode(file: tuple[str, bytes], side: int) -> bytes:

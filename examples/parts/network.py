@@ -9,6 +9,7 @@ from torch import Tensor, nn
 __all__ = ["Network", "scale_channels"]
 
 IMAGE_SIZES = (32, 64)  # pixels: CIFAR-100, TinyImageNet
+MOST_WIDTH = 4  # a factor above it is a slip of the pen
 
 
 class Network(nn.Module):
@@ -51,6 +52,6 @@ class Network(nn.Module):
 
 def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
     """Multiply channel counts by ``width``, to at least one."""
-    if not 0 < width <= 4:
-        raise ValueError(f"`width` must be above 0 and at most 4; got {width}.")
+    if not 0 < width <= MOST_WIDTH:
+        raise ValueError(f"`width` must be above 0 and at most {MOST_WIDTH}; got {width}.")
     return tuple(max(1, round(count * width)) for count in channels)

@@ -90,8 +90,15 @@ class Run:
         """Take back the state of a phase, if the checkpoint is of it; return its epochs."""
         if self._checkpoint is None or self._checkpoint["phase"] != phase:
             return 0
+        saved = self._checkpoint["state"]
+        if saved.keys() != state.keys():
+            raise ValueError(
+                f"{self.folder / 'checkpoint.pt'} must hold {', '.join(state)}; it holds "
+                f"{', '.join(saved)}, as another version of these examples left it. Delete its "
+                "folder to begin this run anew."
+            )
         for name, part in state.items():
-            part.load_state_dict(self._checkpoint["state"][name])
+            part.load_state_dict(saved[name])
         order.set_state(self._checkpoint["order"])
         torch.set_rng_state(self._checkpoint["random"])
         if self.device.type == "cuda" and "random_cuda" in self._checkpoint:  # else it was on a CPU

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from parts.baselines.recipes import RECIPES
-from parts.config import flag, parse
+from parts.config import check_seeds, flag, parse
 from parts.distributed import end_all, is_main, num_processes, processes
 from parts.methods import title_of
 from parts.plots import plot_curves
@@ -45,6 +45,10 @@ class Config(Settings):
     out: Path = flag(Path("runs/one"), "folder of the run; the same command goes on with it")
     method: tuple[Method, ...] = flag(("student", "mhgd"), "students to train")
     seed: int = flag(0, "seed of weights, order and augmentation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seeds("seed", self.seed)
 
 
 def main(experiment: Experiment, description: str | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from parts.config import check_above_zero, check_at_least, check_device, flag
 from parts.data import ImageSet
 from parts.distributed import check_divisible
-from parts.network import Network
+from parts.network import MOST_WIDTH, Network
 from torch.nn import Parameter
 
 from graph_kd import GatedGradClip, GraphTransferLoss
@@ -51,8 +51,9 @@ class Settings:
         check_at_least(self, epochs=1, first_epochs=0, batch_size=2, classes=2, limit_per_class=1)
         check_at_least(self, num_heads=1, teacher_epochs=1, threads=1, checkpoint_seconds=0)
         check_above_zero(self, "bound", "learning_rate", "width", "student_share")
-        if self.student_share > 1:
-            raise ValueError(f"`--student-share` must be ≤ 1; got {self.student_share}.")
+        for name, most in (("student_share", 1), ("width", MOST_WIDTH)):
+            if (got := getattr(self, name)) > most:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be ≤ {most}; got {got}.")
         if self.data_name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.data_name):
             raise ValueError(
                 f"`--data-name` must be letters, digits, '.', '-' and '_', as it names a folder; "
@@ -63,7 +64,10 @@ class Settings:
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
-        """The type that the networks' forward passes run in; None is float32 throughout."""
+        """The type that the networks' forward passes run in; None is float32.
+
+        (GPUs from Ampere on take a convolution's products in TF32 then, as torch lets them.)
+        """
         return AMP[self.amp]
 
     def with_(self, **changes: Any) -> Settings:

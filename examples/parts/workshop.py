@@ -36,7 +36,7 @@ from graph_kd import GraphTransferLoss
 
 __all__ = ["Workshop"]
 
-DEFAULTS = Settings()
+DEFAULTS = Settings(device="cpu")  # an import must not wake a GPU
 
 
 class Images(NamedTuple):

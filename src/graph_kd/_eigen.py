@@ -96,10 +96,10 @@ def leading_pairs(matrix: Tensor, gram: Tensor, count: int) -> LeadingPairs:
 
 
 @cache
-def _start(count: int, size: int) -> Tensor:
+def _start(count: int, size: int, device: torch.device) -> Tensor:
     """Return vectors that no Gram matrix is orthogonal to, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, size, generator=generator)
+    return torch.randn(count, size, generator=generator).to(device)
 
 
 def _gram_in_float64(rows: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _first_block(gram: Tensor, kept: int, count: int) -> Tensor:
     put a wanted value on a root of the polynomial, where all trace of its vector would be lost:
     two rows take the degree before, which has no root in common with it.
     """
-    start = _start(kept, gram.shape[-1]).to(gram).expand(len(gram), -1, -1)
+    start = _start(kept, gram.shape[-1], gram.device).expand(len(gram), -1, -1)
     block, _ = orthonormal(start @ gram @ gram, ROUGH)
     image = block @ gram
     lengths = torch.linalg.vector_norm(image, dim=-1)

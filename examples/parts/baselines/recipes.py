@@ -49,7 +49,8 @@ class Recipe:
       weights that the loss reaches; then the task alone, with fresh momentum.
     - ``prepare``: 40 epochs on ``paraphraser_loss``, in which the student rests; then as
       ``together``.
-    - ``mutual``: as ``together``, for two networks of which neither was trained before.
+    - ``mutual``: as ``together``, for two networks of which neither was trained before. Both take
+      their step at once, where in the program the student sees the teacher after its step.
 
     Args:
         title: The method's name in the tables of the paper.
