@@ -49,14 +49,31 @@ def transfer_loss(
     )
 
 
+def optimizer(params: list[Parameter], settings: Settings) -> SGD:
+    """The authors', for teacher and student."""
+    return SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
 def gated_optimizer(params: list[Parameter], settings: Settings) -> GatedGradClip:
-    """The authors' optimizer, in the wrapper that merges the two gradients."""
-    sgd = SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return GatedGradClip(sgd, settings.gate, bound=settings.bound, process_group=all_processes())
+    """The same, in the wrapper that merges the two gradients."""
+    return GatedGradClip(
+        optimizer(params, settings),
+        settings.gate,
+        bound=settings.bound,
+        process_group=all_processes(),
+    )
 
 
 EXPERIMENT = Experiment(
-    "CIFAR-100", "VGG16", "VGG7", load_cifar100, teacher, student, transfer_loss, gated_optimizer
+    "CIFAR-100",
+    "VGG16",
+    "VGG7",
+    load_cifar100,
+    teacher,
+    student,
+    transfer_loss,
+    optimizer,
+    gated_optimizer,
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`reproduce.py` runs a table's cells, each once, and shows them beside what was published."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import random
@@ -205,6 +206,29 @@ def test_a_gated_method_that_diverges_is_told_from_a_wrong_map(method, tmp_path)
     transfer = GraphTransferLoss(teacher.channels, 2) if method == "mhgd" else None
     with pytest.raises(DivergedError, match="phase 'student' must stay finite; it was nan"):
         train_student(method, student, teacher, transfer, engine, *settings)
+
+
+@pytest.mark.parametrize("method", ["student", "soft-logits", "fsp", "dml", "kd-svd", "mhgd"])
+def test_every_method_trains_by_the_optimizer_that_the_script_shows(method, tmp_path):
+    class ShownError(Exception):
+        pass
+
+    def shown(_params, _settings):
+        raise ShownError
+
+    image_set = ImageSet(
+        torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4, tuple("abcd")
+    )
+    run_of = Run(tmp_path, {"images": 0}, torch.device("cpu"), 30.0)
+    engine = Engine(image_set, image_set, 4, 0, None, run_of, Normalize(image_set))
+    experiment = dataclasses.replace(
+        cifar100_vgg.EXPERIMENT, optimizer=shown, gated_optimizer=shown
+    )
+    teacher, student = build("VGG16", 4, 0.05), build("VGG7", 4, 0.05)
+    transfer = GraphTransferLoss(teacher.channels, 2) if method == "mhgd" else None
+    settings = Settings(epochs=1, first_epochs=1, batch_size=4, device="cpu")
+    with pytest.raises(ShownError):
+        train_student(method, student, teacher, transfer, engine, experiment, settings)
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])

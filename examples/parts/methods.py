@@ -55,10 +55,15 @@ def title_of(method: str) -> str:
 
 
 def train_alone(
-    phase: str, model: Network, epochs: int, engine: Engine, settings: Settings
+    phase: str,
+    model: Network,
+    epochs: int,
+    engine: Engine,
+    experiment: Experiment,
+    settings: Settings,
 ) -> None:
     """Train a network on the task, as any loop does."""
-    optimizer = nesterov(list(model.parameters()), settings.learning_rate)
+    optimizer = experiment.optimizer(list(model.parameters()), settings)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels)
@@ -105,11 +110,11 @@ def train_student(
         teacher: A trained network, or a fresh one for the schedule "mutual".
         transfer: The loss with trained estimators, for a form of MHGD.
         engine: Runs the phases.
-        experiment: Gives the gated optimizer.
+        experiment: Gives the optimizers.
         settings: How to train.
     """
     if method == "student":
-        train_alone("student", student, settings.epochs, engine, settings)
+        train_alone("student", student, settings.epochs, engine, experiment, settings)
         return {}
     if transfer is not None:
         return _mhgd(MHGD[method], student, teacher, transfer, engine, experiment, settings)
@@ -122,15 +127,15 @@ def train_student(
             return recipe.loss(module, *both(images))
 
         if recipe.schedule == "initialise":
-            _initialise(student, recipe, module, transfer_loss, engine, settings)
+            _initialise(student, recipe, module, transfer_loss, engine, experiment, settings)
         elif recipe.gated:
             return _gated(student, recipe, module, both, engine, experiment, settings)
         else:
             if isinstance(module, FactorTransfer):
                 _prepare(module, both, engine, settings)
-            _together(student, teacher, recipe, module, both, engine, settings)
+            _together(student, teacher, recipe, module, both, engine, experiment, settings)
     if recipe.schedule == "initialise":
-        train_alone("student", student, settings.epochs, engine, settings)
+        train_alone("student", student, settings.epochs, engine, experiment, settings)
     return {}
 
 
@@ -229,6 +234,7 @@ def _together(
     module: nn.Module,
     both: Both,
     engine: Engine,
+    experiment: Experiment,
     settings: Settings,
 ) -> None:
     """Every step on the task and the loss; both networks' where neither was trained before."""
@@ -246,7 +252,7 @@ def _together(
         "student",
         settings.epochs,
         loss,
-        nesterov(params, settings.learning_rate),
+        experiment.optimizer(params, settings),
         engine,
         model=student,
         others={"module": module, "teacher": teacher}
@@ -262,15 +268,17 @@ def _initialise(
     module: nn.Module,
     transfer_loss: Callable[[Tensor], Tensor],
     engine: Engine,
+    experiment: Experiment,
     settings: Settings,
 ) -> None:
     """Epochs on the loss alone, before those on the task."""
     params = [*student.parameters(), *module.parameters()]
+    slower = settings.with_(learning_rate=recipe.first_rate * settings.learning_rate)
     _descend(
         "initialise",
         settings.first_epochs,
         lambda images, _labels: transfer_loss(images),
-        nesterov(params, recipe.first_rate * settings.learning_rate),
+        experiment.optimizer(params, slower),
         engine,
         others={"student": student, "module": module},
     )

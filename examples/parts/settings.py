@@ -14,6 +14,7 @@ from parts.data import ImageSet
 from parts.distributed import check_divisible
 from parts.network import MOST_WIDTH, Network
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from graph_kd import GatedGradClip, GraphTransferLoss
 
@@ -89,7 +90,8 @@ class Experiment:
         student: Likewise.
         transfer_loss: From the channels at the sensing points, what is done to the logits and the
             settings to the loss.
-        gated_optimizer: From the student's parameters and the settings to the optimizer.
+        optimizer: From a network's parameters and the settings to the optimizer.
+        gated_optimizer: Likewise for the student, where a second gradient joins the task's.
     """
 
     data_name: str
@@ -99,6 +101,7 @@ class Experiment:
     teacher: Callable[[int, float], Network]
     student: Callable[[int, float], Network]
     transfer_loss: Callable[[tuple[int, ...], Squash, Settings], GraphTransferLoss]
+    optimizer: Callable[[list[Parameter], Settings], Optimizer]
     gated_optimizer: Callable[[list[Parameter], Settings], GatedGradClip]
 
     def with_student(self, name: str, student: Callable[[int, float], Network]) -> Experiment:

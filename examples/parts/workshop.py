@@ -194,7 +194,8 @@ class Workshop:
 
     def _teacher(self, engine: Engine) -> tuple[nn.Module, dict[str, Any]]:
         teacher = self._network(self.experiment.teacher)
-        train_alone("teacher", teacher, self._teacher_epochs, engine, self.settings)
+        epochs = self._teacher_epochs
+        train_alone("teacher", teacher, epochs, engine, self.experiment, self.settings)
         return teacher, _accuracies(engine.run_of, "teacher")
 
     def _estimators(self, engine: Engine) -> tuple[nn.Module, dict[str, Any]]:
