@@ -129,7 +129,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         )
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
-        """Return L_MHAN summed over pairs; it trains the estimators on the teacher."""
+        """Return L_MHAN summed over pairs; it trains the estimators on the teacher.
+
+        Until it has settled: heads begin with logits of a large spread, and graphs of a few edges a
+        row, which say little of the data (`graphs` shows them).
+        """
         teacher = self._check("teacher_features", teacher_features)
         check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
         rows = [gather_rows(row, self.process_group) for row in self._compress_teacher(teacher)]
