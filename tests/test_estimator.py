@@ -106,6 +106,13 @@ def test_no_head_is_dropped_when(settings, training):
     assert torch.equal(estimator(front, back), estimator(front, back))
 
 
+def test_rejects_kept_heads_of_another_shape():
+    estimator, (front, back) = make(), vectors()
+    wanted = (estimator.num_heads, len(back))
+    with pytest.raises(ValueError, match=rf"`kept_heads` must have shape .* = \({wanted[0]}, "):
+        estimator(front, back, kept_heads=torch.ones(wanted[::-1]))
+
+
 def test_dropped_heads_make_training_random():
     estimator, (front, back) = make(), vectors()
     assert not torch.equal(estimator(front, back), estimator(front, back))

@@ -77,7 +77,7 @@ def test_a_checkpoint_of_other_contents_is_refused(tmp_path):
     order = torch.Generator()
     run.epoch("student", {"epoch": 1}, 1.0, {"model": torch.nn.Linear(1, 1)}, order, last=False)
     again = Run(tmp_path, {"images": 0}, torch.device("cpu"), 0.0)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt must hold net; it holds model"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must hold the state of net; it lacks"):
         again.restore("student", {"net": torch.nn.Linear(1, 1)}, order)
 
 

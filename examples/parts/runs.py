@@ -91,11 +91,11 @@ class Run:
         if self._checkpoint is None or self._checkpoint["phase"] != phase:
             return 0
         saved = self._checkpoint["state"]
-        if saved.keys() != state.keys():
+        if missing := state.keys() - saved.keys():
             raise ValueError(
-                f"{self.folder / 'checkpoint.pt'} must hold {', '.join(state)}; it holds "
-                f"{', '.join(saved)}, as another version of these examples left it. Delete its "
-                "folder to begin this run anew."
+                f"{self.folder / 'checkpoint.pt'} must hold the state of {', '.join(state)}; it "
+                f"lacks {', '.join(sorted(missing))}, as another version of these examples left "
+                "it. Delete its folder to begin this run anew."
             )
         for name, part in state.items():
             part.load_state_dict(saved[name])

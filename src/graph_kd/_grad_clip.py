@@ -110,7 +110,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
     _left: dict[Tensor, _Left]
     _factors: Tensor | None
     _skipping: bool
-    _seen: bool
+    _graph_seen: bool
     _scale: float
     _steps_since_overflow: int
 
@@ -156,9 +156,9 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         params = self._trained_parameters()
         if not params:
             raise ValueError("`optimizer` must hold a parameter that requires gradient; none does.")
-        if not self._seen:
+        if not self._graph_seen:
             _refuse_reentrant(task_loss, transfer_loss)
-            self._seen = True
+            self._graph_seen = True
         new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
         new_transfer = _gradients(
             "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
@@ -274,7 +274,7 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         self._left = {}
         self._factors = None
         self._skipping = False
-        self._seen = False
+        self._graph_seen = False
         # torch's unpickling path sets up hooks and nothing else, while its constructor would make
         # param groups of this wrapper's own.
         super().__setstate__({})
