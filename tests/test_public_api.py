@@ -12,6 +12,7 @@ import graph_kd
 
 SOURCE = Path(graph_kd.__file__).parent
 ALLOWED = {
+    "_autograd": set(),
     "_checks": set(),
     "_distributed": set(),  # what travels between processes serves the loss and the optimizer
     "_gate": set(),
@@ -22,7 +23,8 @@ ALLOWED = {
     "_svd_fast": {"_eigen", "_orthonormal", "_shifted", "_svd_exact"},
     "_svd": {"_checks", "_svd_exact", "_svd_fast"},
     "_estimator": {"_checks"},
-    "_grad_clip": {"_checks", "_distributed", "_gate"},
+    "_optimizer_state": {"_distributed", "_gate"},
+    "_grad_clip": {"_autograd", "_checks", "_distributed", "_gate", "_optimizer_state"},
     "_hooks": {"_checks"},
     "_transfer": {"_checks", "_distributed", "_svd", "_estimator"},
     "testing": {"_hooks", "_svd"},
