@@ -24,7 +24,8 @@ ALLOWED = {
     "_estimator": {"_checks"},
     "_grad_clip": {"_checks", "_distributed", "_gate"},
     "_forward_pass": set(),
-    "_hooks": {"_forward_pass"},
+    "_select": set(),
+    "_hooks": {"_forward_pass", "_select"},
     "_transfer": {"_checks", "_distributed", "_svd", "_estimator"},
     "testing": {"_hooks", "_svd"},
 }
