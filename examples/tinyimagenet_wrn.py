@@ -32,11 +32,18 @@ def student(classes: int, width: float) -> ThreeStages:
 
 
 def transfer_loss(
-    channels: tuple[int, ...], squash: Squash, settings: Settings
+    channels: tuple[int, ...],
+    student_channels: tuple[int, ...] | None,
+    squash: Squash,
+    settings: Settings,
 ) -> GraphTransferLoss:
     """Graphs of the whole batch, one a head, between each two neighbouring sensing points."""
     return GraphTransferLoss(
-        channels, settings.num_heads, squash=squash, process_group=all_processes()
+        channels,
+        settings.num_heads,
+        student_channels=student_channels,
+        squash=squash,
+        process_group=all_processes(),
     )
 
 

@@ -20,14 +20,24 @@ ALLOWED = {
     "_shifted": {"_orthonormal"},
     "_svd_exact": set(),
     "_svd_fast": {"_eigen", "_orthonormal", "_shifted", "_svd_exact"},
-    "_svd": {"_checks", "_svd_exact", "_svd_fast"},
-    "_estimator": {"_checks"},
+    "_features": {"_checks"},
+    "_svd": {"_checks", "_features", "_svd_exact", "_svd_fast"},
+    "_heads": {"_checks"},
+    "_estimator": {"_heads"},
     "_grad_clip": {"_checks", "_distributed", "_gate"},
     "_forward_pass": set(),
     "_select": set(),
     "_hooks": {"_forward_pass", "_select"},
-    "_transfer": {"_checks", "_distributed", "_svd", "_estimator"},
-    "testing": {"_hooks", "_svd"},
+    "_transfer": {
+        "_checks",
+        "_distributed",
+        "_estimator",
+        "_features",
+        "_heads",
+        "_hooks",
+        "_svd",
+    },
+    "testing": {"_features", "_hooks"},
 }
 
 

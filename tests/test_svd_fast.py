@@ -441,7 +441,7 @@ def test_a_compiled_graph_expects_the_layout_that_the_gradient_has(change):
         "expanded": tokens[:, :, :1].transpose(0, 1).expand(-1, -1, 24),
         "plain": tokens,
     }[change]
-    vectors, *saved = top_vectors(features, 1, "")
+    vectors, _null, *saved = top_vectors(features, 1, "")
     real = _svd_fast.top_vectors_gradient(features, vectors, *saved, torch.ones_like(vectors))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t) for t in (features, vectors, *saved, vectors)]

@@ -31,11 +31,12 @@ __all__ = ["METHODS", "MHGD", "title_of", "train_alone", "train_estimators", "tr
 
 @dataclass(frozen=True)
 class MHGDForm:
-    """A form of the method: what is done to the logits, and whether soft logits join the task."""
+    """A form of the method."""
 
     title: str
     squash: Squash = None
     soft_logits: bool = False
+    own_heads: bool = False  # the student has attention heads of its own
 
 
 MHGD = {
@@ -43,6 +44,7 @@ MHGD = {
     "mhgd-tanh": MHGDForm("MHGD, tanh", squash="tanh"),
     "mhgd-scaled": MHGDForm("MHGD, scaled", squash="scaled"),
     "mhgd-soft-logits": MHGDForm("MHGD + Soft-logits", soft_logits=True),
+    "mhgd-own-heads": MHGDForm("MHGD, own heads", squash="scaled", own_heads=True),
 }
 METHODS = ("student", *RECIPES, *MHGD)
 
@@ -197,7 +199,7 @@ def _mhgd(
                 task = soft.task_weight * task + soft.loss(soft_logits, of_student, of_teacher)
             return task, transfer(of_student.maps, of_teacher.maps)
 
-        return _descend_gated(student, losses, engine, experiment, settings)
+        return _descend_gated(student, losses, engine, experiment, settings, transfer)
 
 
 def _gated(
@@ -345,9 +347,12 @@ def _descend_gated(
     engine: Engine,
     experiment: Experiment,
     settings: Settings,
+    transfer: GraphTransferLoss | None = None,
 ) -> dict[str, Any]:
     """Run the student's phase on the task and on a gated loss."""
-    optimizer = experiment.gated_optimizer(list(student.parameters()), settings)
+    own_heads = nn.ModuleList() if transfer is None else transfer.student_heads
+    params = [*student.parameters(), *own_heads.parameters()]
+    optimizer = experiment.gated_optimizer(params, settings)
     scaler = engine.scaler()
     gated = Gated(optimizer, scaler)
 
@@ -366,7 +371,7 @@ def _descend_gated(
         "student",
         settings.epochs,
         step,
-        {"gated": gated},
+        {"gated": gated, "own_heads": own_heads},
         model=student,
         scheduler=step_decay(optimizer, settings.epochs),
         before_epoch=open_gate,

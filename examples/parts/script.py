@@ -35,6 +35,7 @@ Method = Literal[
     "mhgd-tanh",
     "mhgd-scaled",
     "mhgd-soft-logits",
+    "mhgd-own-heads",
 ]
 
 

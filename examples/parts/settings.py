@@ -36,6 +36,7 @@ class Settings:
     batch_size: int = flag(128, "images a step, of all processes")
     learning_rate: float = flag(0.1, "first learning rate")
     width: float = flag(1.0, "factor on every channel count")
+    student_width: float = flag(1.0, "factor on a student's channels, times the width")
     classes: int | None = flag(None, "only the first N classes")
     limit_per_class: int | None = flag(None, "only the first N training images of each class")
     student_share: float = flag(1.0, "part of the teacher's images that the students learn from")
@@ -51,8 +52,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_at_least(self, epochs=1, first_epochs=0, batch_size=2, classes=2, limit_per_class=1)
         check_at_least(self, num_heads=1, teacher_epochs=1, threads=1, checkpoint_seconds=0)
-        check_above_zero(self, "bound", "learning_rate", "width", "student_share")
-        for name, most in (("student_share", 1), ("width", MOST_WIDTH)):
+        check_above_zero(self, "bound", "learning_rate", "width", "student_width", "student_share")
+        for name, most in (("student_share", 1), ("width", MOST_WIDTH), ("student_width", 1)):
             if (got := getattr(self, name)) > most:
                 raise ValueError(f"`--{name.replace('_', '-')}` must be ≤ {most}; got {got}.")
         if self.data_name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.data_name):
@@ -88,8 +89,8 @@ class Experiment:
         load: From `--data-dir` to training and test images.
         teacher: From the number of classes and the width to a fresh network.
         student: Likewise.
-        transfer_loss: From the channels at the sensing points, what is done to the logits and the
-            settings to the loss.
+        transfer_loss: From the channels at the sensing points, what is done to the logits, the
+            student's channels if it has heads of its own, and the settings to the loss.
         optimizer: From a network's parameters and the settings to the optimizer.
         gated_optimizer: Likewise for the student, where a second gradient joins the task's.
     """
@@ -100,7 +101,9 @@ class Experiment:
     load: Callable[[Path | None], tuple[ImageSet, ImageSet]]
     teacher: Callable[[int, float], Network]
     student: Callable[[int, float], Network]
-    transfer_loss: Callable[[tuple[int, ...], Squash, Settings], GraphTransferLoss]
+    transfer_loss: Callable[
+        [tuple[int, ...], tuple[int, ...] | None, Squash, Settings], GraphTransferLoss
+    ]
     optimizer: Callable[[list[Parameter], Settings], Optimizer]
     gated_optimizer: Callable[[list[Parameter], Settings], GatedGradClip]
 

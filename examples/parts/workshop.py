@@ -130,7 +130,12 @@ class Workshop:
             "width": settings.width,
             "amp": settings.amp,
         }
-        about |= {field: getattr(settings, field) for field in self._fields(name)}
+        # Records of before `--student-width` do not have it.
+        about |= {
+            field: getattr(settings, field)
+            for field in self._fields(name)
+            if field != "student_width" or settings.student_width != 1
+        }
         if name == "teacher":
             about["teacher_epochs"] = self._teacher_epochs
         else:
@@ -156,6 +161,8 @@ class Workshop:
             fields.append("num_heads")
         if name in MHGD:
             fields += ["gate", "bound"]
+        if name not in ("teacher", "estimators"):
+            fields.append("student_width")
         return fields
 
     def needs(self, name: str) -> tuple[str, ...]:
@@ -210,10 +217,14 @@ class Workshop:
             teacher, result = self._trained_teacher(engine)
         else:
             teacher = self._network(self.experiment.teacher)
-        student, transfer = self._network(self.experiment.student), None
+        width = self.settings.width * self.settings.student_width
+        student, transfer = self._network(self.experiment.student, width), None
         if method in MHGD:
-            transfer = self._transfer(teacher, MHGD[method].squash)
-            self._take("estimators", transfer)
+            transfer = trained = self._transfer(teacher, MHGD[method].squash)
+            self._take("estimators", trained)
+            if MHGD[method].own_heads:
+                transfer = self._transfer(teacher, MHGD[method].squash, student.channels)
+                transfer.estimators = trained.estimators
         result |= train_student(
             method, student, teacher, transfer, engine, self.experiment, self.settings
         )
@@ -228,18 +239,26 @@ class Workshop:
         print(f"Seed {self.seed}, {engine.run_of.folder.name}: the teacher has {accuracy:.2f} %")
         return teacher, {"teacher_accuracy": accuracy}
 
-    def _network(self, build: Callable[[int, float], Network]) -> Network:
+    def _network(
+        self, build: Callable[[int, float], Network], width: float | None = None
+    ) -> Network:
         """Return a fresh network; the same seed gives every student the same first weights."""
         torch.manual_seed(self.seed)
-        network = build(self._images.train.num_classes, self.settings.width)
+        network = build(self._images.train.num_classes, width or self.settings.width)
         network.to(self.settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's own overloads leave it out
         return synchronise_batch_norm(network)
 
-    def _transfer(self, teacher: Network, squash: Squash) -> GraphTransferLoss:
+    def _transfer(
+        self,
+        teacher: Network,
+        squash: Squash,
+        student_channels: tuple[int, ...] | None = None,
+    ) -> GraphTransferLoss:
         torch.manual_seed(self.seed)
-        return self.experiment.transfer_loss(teacher.channels, squash, self.settings).to(
-            self.settings.device
+        loss = self.experiment.transfer_loss(
+            teacher.channels, student_channels, squash, self.settings
         )
+        return loss.to(self.settings.device)
 
     def _take(self, name: str, module: nn.Module) -> None:
         """Fill a module with what an earlier run has trained."""

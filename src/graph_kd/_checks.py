@@ -48,8 +48,9 @@ def check_floating(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
     if not torch.is_floating_point(value):
+        convert = ".dequantize()" if value.is_quantized else ".float()"
         raise TypeError(
             f"`{name}` must be a floating-point tensor; got {value.dtype}. "
-            f"Convert it with `.float()`."
+            f"Convert it with `{convert}`."
         )
     return value

@@ -6,19 +6,17 @@ Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from graph_kd._checks import check_count, check_floating
+from graph_kd._heads import AttentionHeads, apply_branch, full_precision, linear
 
 __all__ = ["MultiHeadGraphEstimator"]
 
 
-class MultiHeadGraphEstimator(nn.Module):
+class MultiHeadGraphEstimator(AttentionHeads):
     """Estimate the back-end vectors of a batch from its front-end vectors, through graphs.
 
     Each head compares every back-end sample with every front-end sample; the row-wise softmax of
@@ -71,44 +69,13 @@ class MultiHeadGraphEstimator(nn.Module):
         head_channels: int | None = None,
         drop_heads: bool = True,
     ) -> None:
-        super().__init__()
-        self.front_channels = check_count("front_channels", front_channels)
-        self.back_channels = check_count("back_channels", back_channels)
-        self.num_heads = check_count("num_heads", num_heads)
-        if head_channels is None:
-            head_channels = max(1, (front_channels + back_channels) // 2)
-        self.head_channels = check_count("head_channels", head_channels)
+        super().__init__(front_channels, back_channels, num_heads, head_channels=head_channels)
         if not isinstance(drop_heads, bool):
             raise TypeError(f"`drop_heads` must be a bool; got {drop_heads!r}.")
         self.drop_heads = drop_heads
-
-        width = num_heads * head_channels  # head-major: (m d)
-        self.theta = nn.Sequential(_linear(back_channels, width), nn.BatchNorm1d(width))
-        self.phi = nn.Sequential(_linear(front_channels, width), nn.BatchNorm1d(width))
-        self.f1 = nn.Sequential(
-            _linear(front_channels, head_channels), nn.BatchNorm1d(head_channels), nn.ReLU()
-        )
-        self.f2 = _linear(width, back_channels, bias=True)
-
-    def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
-        """Return the attention logits S before any softmax, ``m i j``."""
-        self._check_rows(front, back, training=self.training)
-        with _full_precision(front):
-            theta, phi = self._by_head(self.theta(back)), self._by_head(self.phi(front))
-            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        return logits
-
-    def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in inference mode.
-
-        Their products are the logits of the graphs that are transferred. Running statistics are
-        used and stay as they are, whatever `train` says; gradient flows to the two inputs, and none
-        to the parameters.
-        """
-        self._check_rows(front, back, training=False)
-        with _full_precision(front):
-            theta, phi = _inference(self.theta, back), _inference(self.phi, front)
-        return self._by_head(theta), self._by_head(phi)
+        width = self.head_channels
+        self.f1 = nn.Sequential(linear(front_channels, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.f2 = linear(self.num_heads * width, back_channels, bias=True)
 
     def forward(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
         """Return the estimate of ``back``, ``i c``, unit rows.
@@ -125,10 +92,10 @@ class MultiHeadGraphEstimator(nn.Module):
                     f"{tuple(graphs_mij.shape[:2])}; got {tuple(kept_heads.shape)}."
                 )
             graphs_mij = graphs_mij * rearrange(kept_heads, "m i -> m i 1")
-        with _full_precision(front):
-            values_jd = self.f1(front)
+        values_jd = apply_branch(self.f1, front.to(self.dtype))
+        with full_precision(front):
             gathered = einsum(graphs_mij, values_jd, "m i j, j d -> m i d")
-            return F.normalize(self.f2(rearrange(gathered, "m i d -> i (m d)")), dim=-1)
+        return F.normalize(apply_branch(self.f2, rearrange(gathered, "m i d -> i (m d)")), dim=-1)
 
     def loss(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
         """Return L_MHAN of this pair, the mean over samples of 1 - cosine, for unit ``back``."""
@@ -145,57 +112,4 @@ class MultiHeadGraphEstimator(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
-        return (
-            f"{self.front_channels}, {self.back_channels}, num_heads={self.num_heads}, "
-            f"head_channels={self.head_channels}, drop_heads={self.drop_heads}"
-        )
-
-    def _by_head(self, embedding: Tensor) -> Tensor:
-        by_head: Tensor = rearrange(embedding, "n (m d) -> m n d", m=self.num_heads)
-        return by_head
-
-    def _check_rows(self, front: Tensor, back: Tensor, *, training: bool) -> None:
-        for name, rows, channels in (
-            ("front", front, self.front_channels),
-            ("back", back, self.back_channels),
-        ):
-            check_floating(name, rows)
-            if rows.ndim != 2 or rows.shape[1] != channels:
-                raise ValueError(
-                    f"`{name}` must have shape (samples, {channels}); got {tuple(rows.shape)}."
-                )
-            if rows.dtype != self.f2.weight.dtype or rows.device != self.f2.weight.device:
-                raise TypeError(
-                    f"`{name}` must be {self.f2.weight.dtype} on {self.f2.weight.device}, as the "
-                    f"parameters are; got {rows.dtype} on {rows.device}. Convert it with `.to()`."
-                )
-        fewest = min(len(front), len(back)) if training else len(front)
-        if fewest < 2:
-            raise ValueError(
-                "`front` and `back` must hold at least 2 samples: a graph relates samples to each "
-                f"other, and batch norm needs two; got {len(front)} and {len(back)}. Drop the last "
-                "incomplete batch of an epoch."
-            )
-
-
-def _full_precision(rows: Tensor) -> torch.autocast:
-    """Switch autocast off: unit vectors and their small differences need more than half."""
-    return torch.autocast(rows.device.type, enabled=False)
-
-
-def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.kaiming_normal_(linear.weight, mode="fan_out")
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _inference(branch: nn.Sequential, rows: Tensor) -> Tensor:
-    """Linear + batch norm with running statistics and constant weights."""
-    linear, norm = cast(nn.Linear, branch[0]), cast(nn.BatchNorm1d, branch[1])
-    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    centred = F.linear(rows, linear.weight.detach(), -running_mean)
-    scale = norm.weight.detach() * torch.rsqrt(running_var + norm.eps)
-    # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
-    return torch.addcmul(norm.bias.detach(), centred, scale)
+        return f"{super().extra_repr()}, drop_heads={self.drop_heads}"

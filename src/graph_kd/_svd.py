@@ -13,7 +13,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from graph_kd._checks import check_count, check_floating
-from graph_kd._svd_exact import Decomposition, decompose, gradient_of_vectors
+from graph_kd._features import to_rows
+from graph_kd._svd_exact import Decomposition, decompose, gradient_of_vectors, null_vectors
 from graph_kd._svd_fast import check_finite, top_vectors, top_vectors_gradient
 
 __all__ = ["SVDFeature", "align_singular_vectors"]
@@ -81,14 +82,17 @@ class SVDFeature(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the top-k right singular vectors, ``b k c``."""
         rows_bnc = to_rows(features, channel_dim=self.channel_dim)
-        return top_singular_vectors(rows_bnc, self.k)
+        vectors, _null = top_singular_vectors(rows_bnc, self.k)
+        return vectors
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
         return f"k={self.k}, channel_dim={self.channel_dim}"
 
 
-def align_singular_vectors(student: Tensor, teacher: Tensor) -> Tensor:
+def align_singular_vectors(
+    student: Tensor, teacher: Tensor, *, null: Tensor | None = None
+) -> Tensor:
     """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
 
     Singular vectors come with a free sign, and a student orders them by its own singular values;
@@ -98,17 +102,21 @@ def align_singular_vectors(student: Tensor, teacher: Tensor) -> Tensor:
     V_S = [a_k v_S,i_k].
 
     Differs from the source: at a cosine of exactly zero the sign is +1 (the source returns a zero
-    vector) and of exactly tied vectors the first is taken (the source adds them).
+    vector), of exactly tied vectors the first is taken (the source adds them), and ``null`` vectors
+    are no candidates.
 
     Gradient flows to the student alone; the choice and the sign are constants.
 
     Args:
         student: Unit singular vectors of the student, the candidates.
         teacher: Unit singular vectors of the teacher, the targets.
+        null: Which student vectors have a singular value of zero. They are arbitrary, and are
+            chosen only where a sample has no other.
 
     Shape:
         - student: ``b i c``
         - teacher: ``b k c``
+        - null: ``b i``, bool
         - returns: ``b k c``
 
     Raises:
@@ -130,78 +138,50 @@ def align_singular_vectors(student: Tensor, teacher: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         cosine = einsum(teacher.to(dtype), student.to(dtype), "b k c, b i c -> b k i")
-        choice = cosine.abs().argmax(dim=-1, keepdim=True)
+        closeness = cosine.abs()
+        if null is not None:
+            closeness = closeness.masked_fill(rearrange(null, "b i -> b 1 i"), -1)
+        choice = closeness.argmax(dim=-1, keepdim=True)
         chosen = cosine.gather(-1, choice)
         sign = torch.where(chosen < 0, -1, 1).to(student.dtype)
     return sign * student.gather(1, choice.expand(-1, -1, student.shape[2]))
 
 
-def channel_count(
-    features: Tensor, *, name: str = "features", channel_dim: int | None = None
-) -> int:
-    """Return the number of channels of a feature map of any accepted rank."""
-    return features.shape[_channel_axis(features, name, channel_dim)]
+def top_singular_vectors(
+    rows_bnc: Tensor, k: int, *, name: str = "features"
+) -> tuple[Tensor, Tensor]:
+    """Return the top-k right singular vectors of each matrix, ``b k c``; see `SVDFeature`.
 
-
-def to_rows(features: Tensor, *, name: str = "features", channel_dim: int | None = None) -> Tensor:
-    """View feature maps as one position × channel matrix per sample, ``b n c``."""
-    check_floating(name, features)
-    channels_last = features.movedim(_channel_axis(features, name, channel_dim), -1)
-    if 0 in features.shape[1:]:
-        raise ValueError(
-            f"`{name}` must have at least one position and one channel; "
-            f"got shape {tuple(features.shape)}."
-        )
-    return rearrange(channels_last, "b ... c -> b (...) c")
-
-
-def _channel_axis(features: Tensor, name: str, channel_dim: int | None) -> int:
-    rank = features.ndim
-    if channel_dim is None:
-        if rank not in (2, 3, 4, 5):
-            raise ValueError(
-                f'`{name}` must have axes "b c h w", "b c t h w", "b n c" or "b c"; '
-                f"got shape {tuple(features.shape)}. Add a batch axis with `features[None]`, or "
-                f"say with `channel_dim` where the channels are."
-            )
-        return 1 if rank >= 4 else rank - 1
-    if rank < 2 or not -rank <= channel_dim < rank or channel_dim % rank == 0:
-        raise ValueError(
-            f"`channel_dim` must name an axis of `{name}` other than the batch axis 0; "
-            f"got {channel_dim} for shape {tuple(features.shape)}."
-        )
-    return channel_dim % rank
-
-
-def top_singular_vectors(rows_bnc: Tensor, k: int, *, name: str = "features") -> Tensor:
-    """Return the top-k right singular vectors of each matrix, ``b k c``; see `SVDFeature`."""
+    The second tensor, ``b k``, says which have a singular value of zero up to rounding.
+    """
     _, n, c = rows_bnc.shape
     if k > min(n, c):
         raise ValueError(
             f"`k` must be at most min(positions, channels) = {min(n, c)} for `{name}`; got {k}."
         )
     if rows_bnc.dtype != torch.float64 and len(rows_bnc):
-        fast: Tensor = _FastVectors.apply(rows_bnc, k, name)  # type: ignore[no-untyped-call] # torch's own method has no types
+        fast: tuple[Tensor, Tensor] = _FastVectors.apply(rows_bnc, k, name)  # type: ignore[no-untyped-call] # torch's own method has no types
         return fast
     # The check waits for the device; a compiled graph can not branch on data and goes without it.
     if not torch.compiler.is_compiling():
         check_finite(rows_bnc.detach(), name)
-    exact: Tensor = _ExactVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return exact if rows_bnc.dtype == torch.float64 else exact.float()
+    vectors, null = _ExactVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
+    return (vectors if rows_bnc.dtype == torch.float64 else vectors.float()), null
 
 
 class _FastVectors(torch.autograd.Function):
     """Subspace iteration and its derivative, for float32 and below."""
 
     @staticmethod
-    def forward(ctx: Any, rows_bnc: Tensor, k: int, name: str) -> Tensor:
+    def forward(ctx: Any, rows_bnc: Tensor, k: int, name: str) -> tuple[Tensor, Tensor]:
         vectors: Tensor
-        vectors, *rest = top_vectors(rows_bnc, k, name)
+        vectors, null, *rest = top_vectors(rows_bnc, k, name)
         ctx.save_for_backward(rows_bnc, vectors, *rest)
-        return vectors
+        ctx.mark_non_differentiable(null)
+        return vectors, null
 
     @staticmethod
-    def backward(ctx: Any, grad_bkc: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_bkc: Tensor, _grad_null: None) -> tuple[Tensor, None, None]:
         rows_bnc, *rest = ctx.saved_tensors
         with torch.no_grad():
             grad_rows = top_vectors_gradient(rows_bnc, *rest, grad_bkc)
@@ -212,14 +192,16 @@ class _ExactVectors(torch.autograd.Function):
     """A whole eigendecomposition and its first-order perturbation, for float64."""
 
     @staticmethod
-    def forward(ctx: Any, rows_bnc: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, rows_bnc: Tensor, k: int) -> tuple[Tensor, Tensor]:
         with torch.autocast(rows_bnc.device.type, enabled=False):
             found = decompose(rows_bnc, k)
+            null = null_vectors(found, rows_bnc.shape[1], rows_bnc.shape[2], rows_bnc.dtype)
         ctx.save_for_backward(rows_bnc, *found)
-        return found.vectors
+        ctx.mark_non_differentiable(null)
+        return found.vectors, null
 
     @staticmethod
-    def backward(ctx: Any, grad_bkc: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_bkc: Tensor, _grad_null: None) -> tuple[Tensor, None]:
         rows_bnc, *found = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
             grad_rows = gradient_of_vectors(rows_bnc, Decomposition(*found), grad_bkc)

@@ -15,7 +15,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-__all__ = ["Decomposition", "decompose", "gradient_of_vectors"]
+__all__ = ["Decomposition", "decompose", "gradient_of_vectors", "null_vectors"]
 
 
 class Decomposition(NamedTuple):
@@ -51,12 +51,18 @@ def decompose(rows_bnc: Tensor, k: int) -> Decomposition:
     return Decomposition(vectors, values, basis)
 
 
+def null_vectors(found: Decomposition, n: int, c: int, dtype: torch.dtype) -> Tensor:
+    """Return which of the vectors have a singular value of zero up to rounding, ``b k`` of bool."""
+    value = found.values[:, : found.vectors.shape[1]]
+    null: Tensor = value <= _noise(value, found.values[:, :1], n, c, dtype)
+    return null
+
+
 def gradient_of_vectors(rows_bnc: Tensor, found: Decomposition, grad_bkc: Tensor) -> Tensor:
     """Pull the gradient of the vectors back to the maps, ``b n c`` in their dtype."""
     vectors, values, basis = found
     matrix, scale = _normalise(rows_bnc)
-    eps = torch.finfo(rows_bnc.dtype).eps
-    response = _response(matrix, values, basis, vectors, grad_bkc.double(), eps)
+    response = _response(matrix, values, basis, vectors, grad_bkc.double(), rows_bnc.dtype)
     # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
     projected_v = einsum(matrix, vectors, "b n c, b k c -> b n k")
     projected_w = einsum(matrix, response, "b n c, b k c -> b n k")
@@ -77,8 +83,24 @@ def _normalise(rows_bnc: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(rearrange(null, "b -> b 1 1"), 0.0, matrix), scale
 
 
+def _noise(value: Tensor, largest: Tensor, n: int, c: int, dtype: torch.dtype) -> Tensor:
+    """Return what rounding can do to eigenvalues of the Gram matrix of maps that came in ``dtype``.
+
+    Rounding the input: n · c errors of eps/4 of a typical entry make a matrix of norm
+    eps/4 (√n + √c)/√(n c) σ_1; eight times that. Rounding the Gram matrix is added.
+    """
+    eps = torch.finfo(dtype).eps
+    of_input: Tensor = 2 * eps * (n**0.5 + c**0.5) / (n * c) ** 0.5 * (largest * value).sqrt()
+    return of_input + 4 * min(n, c) * torch.finfo(value.dtype).eps * largest
+
+
 def _response(
-    matrix: Tensor, values: Tensor, basis: Tensor, vectors: Tensor, grad: Tensor, eps: float
+    matrix: Tensor,
+    values: Tensor,
+    basis: Tensor,
+    vectors: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return w_i = Σ_{j≠i} v_j (v_j · g_i) / (λ_i - λ_j) over all right singular vectors j.
 
@@ -88,12 +110,8 @@ def _response(
     k, s = vectors.shape[1], values.shape[1]
     value_i = values[:, :k].unsqueeze(-1)
     value_j = values.unsqueeze(-2)
-    largest = values[:, :1].unsqueeze(-1)
     gap = value_i - value_j
-    # What rounding the input can open or close: n · c errors of eps/4 of a typical entry make a
-    # matrix of norm eps/4 (√n + √c)/√(n c) σ_1; eight times that. And the Gram matrix's rounding.
-    noise = 2 * eps * (n**0.5 + c**0.5) / (n * c) ** 0.5 * (largest * value_i).sqrt()
-    noise = noise + 4 * s * torch.finfo(values.dtype).eps * largest
+    noise = _noise(value_i, values[:, :1].unsqueeze(-1), n, c, dtype)
     isolated = gap.abs() > noise
     inverse_gap = torch.where(isolated, 1 / torch.where(isolated, gap, 1), 0)
     if n >= c:

@@ -20,7 +20,7 @@ from torch import Tensor
 from graph_kd._eigen import leading_pairs, subspace_size
 from graph_kd._orthonormal import inverse_factor
 from graph_kd._shifted import solve_shifted
-from graph_kd._svd_exact import decompose, gradient_of_vectors
+from graph_kd._svd_exact import decompose, gradient_of_vectors, null_vectors
 
 __all__ = ["check_finite", "top_vectors", "top_vectors_gradient"]
 
@@ -32,16 +32,17 @@ SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram matrix's diagonal: float32 holds sq
     "graph_kd::top_vectors",
     mutates_args=(),
     schema="(Tensor rows_bnc, int k, str name) "
-    "-> (Tensor vectors, Tensor gram, Tensor values, Tensor subspace, Tensor hard)",
+    "-> (Tensor vectors, Tensor null, Tensor gram, Tensor values, Tensor subspace, Tensor hard)",
 )
 def top_vectors(
     rows_bnc: Tensor, k: int, name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the top-k right singular vectors, and what their derivative needs.
 
     Shape:
         - rows_bnc: ``b n c``, float32 or half precision
         - vectors: ``b k c``, signs fixed
+        - null: ``b k``, whether the singular value is zero up to rounding
         - gram: ``b s s``
         - values: ``b p``, its leading eigenvalues
         - subspace: ``b p s``, their vectors, the first k accurate
@@ -73,9 +74,12 @@ def top_vectors(
         after = values[:, 1 : k + 1]
         close = after >= (1 - CLOSE) * values[:, : after.shape[1]]
         hard = outside | close.any(dim=-1) | ~found
-        if bool(hard.any()):
-            vectors[hard] = decompose(rows_bnc[hard], k).vectors.float()
-    return vectors, gram, values, subspace, hard
+        null = torch.zeros(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+        if bool(hard.any()):  # null vectors are among these: zero is close to zero
+            exact = decompose(rows_bnc[hard], k)
+            vectors[hard] = exact.vectors.float()
+            null[hard] = null_vectors(exact, n, c, rows_bnc.dtype)
+    return vectors, null, gram, values, subspace, hard
 
 
 @torch.library.custom_op(
@@ -138,8 +142,9 @@ def _(rows_bnc: Tensor, k: int, _name: str) -> tuple[Tensor, ...]:
     b, n, c = rows_bnc.shape
     size, kept = min(n, c), subspace_size(k, min(n, c))
     shapes = ((b, k, c), (b, size, size), (b, kept), (b, kept, size))
-    floats = [rows_bnc.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    return *floats, rows_bnc.new_empty(b, dtype=torch.bool)
+    vectors, *rest = (rows_bnc.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    null, hard = (rows_bnc.new_empty(shape, dtype=torch.bool) for shape in ((b, k), (b,)))
+    return vectors, null, *rest, hard
 
 
 @top_vectors_gradient.register_fake

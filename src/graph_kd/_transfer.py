@@ -1,14 +1,15 @@
-"""Hand the teacher's graphs to the student (Lee & Song 2019, L_transfer; step 4).
+"""Train the student by the teacher's graphs (Lee & Song 2019, L_transfer; step 4).
 
-Axes: ``b`` sample, ``c`` channel, ``k`` singular vector, ``m`` head, ``i`` graph row (back-end
-sample), ``j`` graph column (front-end sample).
+Axes: ``b`` sample, ``c`` channel, ``n`` position, ``k`` singular vector, ``m`` head, ``d`` head
+width, ``i`` graph row (back-end sample), ``j`` graph column (front-end sample).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graph_kd._checks import check_choice, check_count, check_floating
+from graph_kd._checks import check_choice, check_count
 from graph_kd._distributed import (
     HoldsProcessGroup,
     check_equal_batches,
@@ -24,7 +25,10 @@ from graph_kd._distributed import (
     gather_rows,
 )
 from graph_kd._estimator import MultiHeadGraphEstimator
-from graph_kd._svd import align_singular_vectors, channel_count, to_rows, top_singular_vectors
+from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
+from graph_kd._heads import AttentionHeads
+from graph_kd._hooks import check_estimator_fresh, check_fresh, training_batch_norms
+from graph_kd._svd import align_singular_vectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
 
@@ -35,25 +39,39 @@ Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
 
 
 class GraphTransferLoss(HoldsProcessGroup, nn.Module):
-    """Make a student embed a batch as its teacher does: compare their graphs, pair by pair.
+    """Compare the graphs of a student with those of its teacher, pair by pair of layers.
 
-    Sensing points are layers at which teacher and student have the same number of channels, front
-    to back; each two neighbours are a pair with an estimator of its own. First train the estimators
-    with `estimator_loss` on the frozen teacher, then train the student with `forward`.
+    A sensing point is a layer whose feature map is read. Points are ordered front to back; each two
+    neighbours are a pair. Train the teacher's attention heads first, with `estimator_loss` on the
+    frozen teacher. Then train the student with `forward`.
+
+    By default student and teacher share the heads, as in the paper, and need equal channels at each
+    point. With ``student_channels`` the student has attention heads of its own, `student_heads`:
+    any two networks can be paired. Put ``loss.student_heads.parameters()`` into the student's
+    optimizer; the transfer loss trains them together with the student.
 
     Equation: Lee & Song 2019, L_transfer = Σ_pairs Σ_m,i,j G^S (log G^S - log G^T), natural
     logarithm, G = softmax_j(squash(S)).
 
-    Differs from the source: nothing by default; ``squash="tanh"`` is the authors' program.
+    Differs from the source: by default in nothing but vectors of singular value zero (up to
+    rounding). These are arbitrary, so they are no candidates of the alignment, and enter the heads
+    as zeros if there is no other. ``squash="tanh"`` is the authors' program; ``student_channels``
+    is ours.
 
-    Gradient: `forward` reaches the student's features alone. The estimators are used in inference
-    mode whatever `train` says: no gradient to them or the teacher, no running statistic moves.
-    `estimator_loss` reaches the estimators alone. Both compute in the estimators' dtype, under
-    autocast too.
+    Gradient: `forward` reaches the student's features and `student_heads`. The teacher's heads are
+    used in inference mode whatever `train` says: no gradient to them or the teacher, no running
+    statistic moves. `student_heads` use the statistics of the batch in training mode and the
+    running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone. Everything
+    is computed in the heads' dtype, float32 at least, under autocast too.
 
     Args:
-        channels: Channels at each sensing point, front to back; at least two. Counts.
-        num_heads: Attention heads of each estimator. Count.
+        channels: The teacher's channels at each sensing point, front to back; at least two. Counts.
+        num_heads: Attention heads of each pair. Count.
+        student_channels: The student's channels at each point; gives it attention heads of its own,
+            as many and as wide as the teacher's. Equal channels are allowed. Its top k vectors
+            enter as they are: no alignment, and ``student_k`` is not used. Counts.
+        channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, ConvNeXt). One
+            value for both networks, or a pair (teacher, student). None means axis 1.
         k: Singular vectors of the teacher that describe a sample at a point. Above one they are
             taken as one vector of k · c entries. Count, ≤ min(positions, channels) at every point.
         student_k: Candidates from which each teacher vector picks its student vector. Count ≥ k;
@@ -77,12 +95,20 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
-          teacher and student may differ in rank and in space; of a mapping its values, in order
+          teacher and student may differ in rank and in space. Mappings are paired by key; the
+          first one that the loss is given sets the order of the keys
         - returns: scalar
 
+    Padding tokens count as positions. Multiply the features by the mask first
+    (``tokens * mask[..., None]``): rows of zeros change no singular vector.
+
+    Features read from `FeatureHooks` must come from a new forward pass in each step. A teacher whose
+    batch norms are in training mode is warned of, once, if its features come from hooks.
+
     Raises:
+        RuntimeError: features of an earlier step were read from hooks again.
         TypeError: features are no sequence of floating-point tensors, or of a precision higher
-            than the estimators'.
+            than the heads'.
         ValueError: their count, channels, batch, or device does not fit, or they hold NaN. The
             message names the point.
 
@@ -90,8 +116,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         >>> import torch
         >>> from graph_kd import GraphTransferLoss
         >>> teacher = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 2, 2)]
-        >>> student = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 2, 2)]
-        >>> transfer = GraphTransferLoss(channels=[16, 32])
+        >>> student = [torch.randn(8, 10, 4, 4), torch.randn(8, 20, 2, 2)]
+        >>> transfer = GraphTransferLoss(channels=[16, 32], student_channels=[10, 20])
         >>> transfer.estimator_loss(teacher).shape, transfer(student, teacher).shape
         (torch.Size([]), torch.Size([]))
     """
@@ -101,6 +127,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         channels: Sequence[int],
         num_heads: int = 8,
         *,
+        student_channels: Sequence[int] | None = None,
+        channel_dim: int | tuple[int | None, int | None] | None = None,
         k: int = 1,
         student_k: int = 4,
         squash: Squash = None,
@@ -109,12 +137,18 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         block_rows: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(channels, Sequence) or len(channels) < 2:
-            raise ValueError(
-                "`channels` must list the channel counts of at least two sensing points, front to "
-                f"back; got {channels!r}."
-            )
-        self.channels = tuple(check_count(f"channels[{p}]", c) for p, c in enumerate(channels))
+        teacher_dim, student_dim = check_channel_dim(channel_dim)
+        teacher = Layout("channels", check_channels("channels", channels), teacher_dim)
+        student = teacher._replace(channel_dim=student_dim)
+        if student_channels is not None:
+            counts = check_channels("student_channels", student_channels)
+            if len(counts) != len(teacher.channels):
+                raise ValueError(
+                    f"`student_channels` must have one entry for each of the {len(channels)} "
+                    f"sensing points of `channels`; got {list(counts)}."
+                )
+            student = Layout("student_channels", counts, student_dim)
+        self.teacher_layout, self.student_layout = teacher, student
         self.k = check_count("k", k)
         self.student_k = check_count("student_k", student_k, minimum=k)
         check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
@@ -125,23 +159,41 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
         self.estimators = nn.ModuleList(
             MultiHeadGraphEstimator(k * front, k * back, num_heads)
-            for front, back in _neighbours(self.channels)
+            for front, back in _neighbours(teacher.channels)
         )
+        self.student_heads = nn.ModuleList()
+        if student_channels is not None:
+            self.student_heads.extend(
+                AttentionHeads(
+                    k * front, k * back, num_heads, head_channels=estimator.head_channels
+                )
+                for estimator, (front, back) in zip(
+                    self._estimators, _neighbours(student.channels), strict=True
+                )
+            )
+        self._point_names: tuple[Any, ...] | None = None
+        self._warned_of_training = False
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
-        """Return L_MHAN summed over pairs; it trains the estimators on the teacher.
+        """Return L_MHAN summed over pairs; it trains the attention heads on the teacher.
 
-        Until it has settled: heads begin with logits of a large spread, and graphs of a few edges a
-        row, which say little of the data (`graphs` shows them).
+        Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
+        a row, which say little of the data (`graphs` shows them).
         """
-        teacher = self._check("teacher_features", teacher_features)
-        check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
-        rows = [gather_rows(row, self.process_group) for row in self._compress_teacher(teacher)]
+        check_estimator_fresh(teacher_features)
+        self._warn_of_training(teacher_features)
+        maps = self._read("teacher_features", teacher_features, self.teacher_layout)
+        check_equal_batches(len(maps[0]), maps[0].device, self.process_group)
+        with torch.no_grad():
+            vectors = [
+                self._row(*self._vectors(*point)) for point in _named("teacher_features", maps)
+            ]
+        rows = [gather_rows(row, self.process_group) for row in vectors]
         losses = []
-        for estimator, (front, back) in zip(self._heads, _neighbours(rows), strict=True):
+        for estimator, (front, back) in zip(self._estimators, _neighbours(rows), strict=True):
             kept_heads = estimator.draw_kept_heads(back)
             if kept_heads is not None and self.process_group is not None:
-                # Processes draw differently, but must train the same estimator.
+                # Processes draw differently, but must train the same heads.
                 first = dist.get_global_rank(self.process_group, 0)
                 dist.broadcast(kept_heads, src=first, group=self.process_group)
             losses.append(estimator.loss(front, back, kept_heads=kept_heads))
@@ -150,15 +202,20 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def forward(
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
-        """Return L_transfer; it trains the student."""
-        student = self._check("student_features", student_features)
-        teacher = self._check("teacher_features", teacher_features, batch=len(student[0]))
+        """Return L_transfer; it trains the student, and its own heads if it has any."""
+        check_fresh(student_features, teacher_features)
+        self._warn_of_training(teacher_features)
+        self._remember_order(teacher_features)
+        student = self._read("student_features", student_features, self.student_layout)
+        teacher = self._read(
+            "teacher_features", teacher_features, self.teacher_layout, batch=len(student[0])
+        )
         check_equal_batches(len(student[0]), student[0].device, self.process_group)
-        student_rows, teacher_rows = self._compress_pair(student, teacher)
+        student_rows, teacher_rows = self._rows(student, teacher)
         pairs = [
-            self._pair_loss(*pair)
-            for pair in zip(
-                self._heads, _neighbours(student_rows), _neighbours(teacher_rows), strict=True
+            self._pair_loss(p, *pair)
+            for p, pair in enumerate(
+                zip(_neighbours(student_rows), _neighbours(teacher_rows), strict=True)
             )
         ]
         # Over processes the mean is taken later: it must give the sum over all rows.
@@ -168,106 +225,138 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     @torch.no_grad()
     def graphs(
-        self, features: Iterable[Tensor], align_to: Iterable[Tensor] | None = None
+        self,
+        features: Iterable[Tensor],
+        align_to: Iterable[Tensor] | None = None,
+        *,
+        of: Literal["teacher", "student"] | None = None,
     ) -> list[Tensor]:
         """Return the graphs that the transfer compares, one ``m i j`` a pair, to look at.
 
         Args:
-            features: Feature maps of a teacher or a student, one a sensing point.
+            features: Feature maps of the teacher or of the student, one a sensing point.
             align_to: The teacher's features, where ``features`` are a student's: its vectors are
-                aligned as in `forward`. Without it the top k vectors are taken as they are.
+                aligned as in `forward`, or enter its own heads. Without it the top k vectors enter
+                as they are.
+            of: Whose heads are used, if the student has its own. By default the student's if
+                ``align_to`` is given or only the student has these channels, else the teacher's.
         """
-        checked = self._check("features", features)
-        check_equal_batches(len(checked[0]), checked[0].device, self.process_group)
-        if align_to is None:
-            rows = self._compress_teacher(checked, name="features")
+        check_choice("of", of, (None, "teacher", "student"), or_callable=False)
+        maps = in_order("features", features, self._point_names)
+        own = bool(self.student_heads) and self._is_student(maps, align_to, of)
+        layout = self.student_layout if own or align_to is not None else self.teacher_layout
+        student = self._read("features", maps, layout)
+        check_equal_batches(len(student[0]), student[0].device, self.process_group)
+        if align_to is None or own:
+            rows = [self._row(*self._vectors(*point)) for point in _named("features", student)]
         else:
-            teacher = self._check("align_to", align_to, batch=len(checked[0]))
-            rows, _ = self._compress_pair(checked, teacher, names=("features", "align_to"))
-        with torch.autocast(rows[0].device.type, enabled=False):
-            return [
-                self._log_graph(*self._embeddings(estimator, front, back)).exp()
-                for estimator, (front, back) in zip(self._heads, _neighbours(rows), strict=True)
-            ]
+            teacher = self._read("align_to", align_to, self.teacher_layout, batch=len(student[0]))
+            rows, _ = self._rows(student, teacher, names=("features", "align_to"))
+        return [
+            self._log_graph(*self._embeddings(p, *pair, own=own, move_statistics=False)).exp()
+            for p, pair in enumerate(_neighbours(rows))
+        ]
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
+        own = f"student_channels={list(self.student_layout.channels)}, " * bool(self.student_heads)
         return (
-            f"channels={list(self.channels)}, k={self.k}, student_k={self.student_k}, "
+            f"channels={list(self.channels)}, {own}k={self.k}, student_k={self.student_k}, "
             f"squash={self.squash!r}, reduction={self.reduction!r}"
         )
 
-    def _compress_teacher(
-        self, features: list[Tensor], *, name: str = "teacher_features"
-    ) -> list[Tensor]:
-        with torch.no_grad():
-            return [
-                self._as_row(self._vectors(f, self.k, f"{name}[{p}]"))
-                for p, f in enumerate(features)
-            ]
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The teacher's channels at each sensing point."""
+        return self.teacher_layout.channels
 
-    def _compress_pair(
+    def _is_student(self, maps: list[Any], align_to: Any, of: str | None) -> bool:
+        """Say whether maps are the student's, where it has heads of its own."""
+        if of is not None or align_to is not None:
+            return of != "teacher"
+
+        def fits(layout: Layout) -> bool:
+            try:
+                read_rows("features", maps, layout)
+            except (TypeError, ValueError):
+                return False
+            return True
+
+        return fits(self.student_layout) and not fits(self.teacher_layout)
+
+    def _rows(
         self,
         student: list[Tensor],
         teacher: list[Tensor],
         *,
         names: tuple[str, str] = ("student_features", "teacher_features"),
     ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what describes each sample at each point, ``b (k c)``, of student and teacher."""
         teacher_rows, student_rows = [], []
-        for p, (student_map, teacher_map) in enumerate(zip(student, teacher, strict=True)):
+        for ours, theirs in zip(_named(names[0], student), _named(names[1], teacher), strict=True):
             with torch.no_grad():
-                target = self._vectors(teacher_map, self.k, f"{names[1]}[{p}]")
-            candidates = self._vectors(student_map, self.student_k, f"{names[0]}[{p}]")
-            student_rows.append(self._as_row(align_singular_vectors(candidates, target)))
-            teacher_rows.append(self._as_row(target))
+                target, target_null = self._vectors(*theirs)
+            teacher_rows.append(self._row(target, target_null))
+            if self.student_heads:
+                student_rows.append(self._row(*self._vectors(*ours)))
+                continue
+            candidates, null = self._vectors(*ours, self.student_k)
+            aligned = align_singular_vectors(candidates, target, null=null)
+            # An arbitrary target chooses at random, and so does a sample without a vector.
+            undefined = target_null | null.all(dim=1, keepdim=True)
+            student_rows.append(self._row(aligned, undefined))
         return student_rows, teacher_rows
 
-    def _vectors(self, features: Tensor, count: int, name: str) -> Tensor:
-        """Return the top ``count`` singular vectors, or all there are but at least k."""
-        matrix = to_rows(features, name=name)
-        available = max(self.k, min(count, *matrix.shape[1:]))
-        return top_singular_vectors(matrix, available, name=name)
+    def _vectors(self, name: str, rows_bnc: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the top ``count`` singular vectors, or all there are, at least k; and the null."""
+        available = max(self.k, min(count, *rows_bnc.shape[1:]))
+        return top_singular_vectors(rows_bnc, available, name=name)
 
-    def _as_row(self, vectors_bkc: Tensor) -> Tensor:
+    def _row(self, vectors_bkc: Tensor, null_bk: Tensor) -> Tensor:
         """Put the k vectors of a sample side by side, as one unit vector of the heads' dtype."""
-        row: Tensor = rearrange(vectors_bkc, "b k c -> b (k c)") / math.sqrt(self.k)
-        weight = self._heads[0].f2.weight
-        return row.to(weight.dtype)
+        vectors = vectors_bkc.masked_fill(rearrange(null_bk, "b k -> b k 1"), 0)
+        row: Tensor = rearrange(vectors, "b k c -> b (k c)") / math.sqrt(self.k)
+        return row.to(self._estimators[0].dtype)
 
     def _embeddings(
-        self, estimator: MultiHeadGraphEstimator, front: Tensor, back: Tensor
+        self, p: int, front: Tensor, back: Tensor, *, own: bool, move_statistics: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Return θ of this process's samples and φ of the group's."""
-        return estimator.frozen_embeddings(gather_rows(front, self.process_group), back)
+        """Return θ of this process's samples and φ of the group's, of pair ``p``."""
+        front = gather_rows(front, self.process_group)
+        if not own:
+            return self._estimators[p].frozen_embeddings(front, back)
+        # Batch statistics are those of the global batch.
+        back = gather_rows(back, self.process_group)
+        heads = cast(AttentionHeads, self.student_heads[p])
+        theta, phi = heads.embeddings(front, back, move_statistics=move_statistics)
+        if self.process_group is None:
+            return theta, phi
+        return theta.chunk(self.process_group.size(), dim=1)[self.process_group.rank()], phi
 
     def _log_graph(self, theta: Tensor, phi: Tensor) -> Tensor:
         """Return log G of the rows that ``theta`` has."""
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        log_graph = self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
+        with torch.autocast(theta.device.type, enabled=False):
+            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+            log_graph = self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
         if not callable(self.squash):
             return log_graph
         # A callable may mask edges by -∞, and 0 · (∞ - ∞) must not make the divergence NaN.
         return log_graph.clamp_min(torch.finfo(log_graph.dtype).min)
 
     def _pair_loss(
-        self,
-        estimator: MultiHeadGraphEstimator,
-        student: tuple[Tensor, Tensor],
-        teacher: tuple[Tensor, Tensor],
+        self, p: int, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Return Σ_m,i,j G^S (log G^S - log G^T) of one pair (front, back), by blocks of rows."""
+        """Return Σ_m,i,j G^S (log G^S - log G^T) of pair ``p`` (front, back), by blocks of rows."""
 
         def divergence(theta: Tensor, theta_of_teacher: Tensor) -> Tensor:
-            with torch.autocast(theta.device.type, enabled=False):
-                with torch.no_grad():
-                    teacher_log = self._log_graph(theta_of_teacher, teacher_phi)
-                student_log = self._log_graph(theta, phi)
-                return (student_log.exp() * (student_log - teacher_log)).sum()
-
-        with torch.autocast(student[0].device.type, enabled=False):
-            theta, phi = self._embeddings(estimator, *student)
             with torch.no_grad():
-                teacher_theta, teacher_phi = self._embeddings(estimator, *teacher)
+                teacher_log = self._log_graph(theta_of_teacher, teacher_phi)
+            student_log = self._log_graph(theta, phi)
+            return (student_log.exp() * (student_log - teacher_log)).sum()
+
+        theta, phi = self._embeddings(p, *student, own=bool(self.student_heads))
+        with torch.no_grad():
+            teacher_theta, teacher_phi = self._embeddings(p, *teacher, own=False)
         rows = self.block_rows or max(1, BLOCK_ENTRIES // phi.shape[1])
         if rows >= theta.shape[1]:
             return divergence(theta, teacher_theta)
@@ -295,61 +384,60 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         return squashed
 
     @property
-    def _heads(self) -> list[MultiHeadGraphEstimator]:
+    def _estimators(self) -> list[MultiHeadGraphEstimator]:
         return cast(list[MultiHeadGraphEstimator], list(self.estimators))
 
-    def _check(
-        self, name: str, features: Iterable[Tensor], *, batch: int | None = None
-    ) -> list[Tensor]:
-        """Return the features as a list that fits the sensing points and the estimators."""
-        if isinstance(features, Tensor) or not isinstance(features, Iterable):
-            raise TypeError(
-                f"`{name}` must be a list with one tensor a sensing point; "
-                f"got {type(features).__name__}."
+    def _warn_of_training(self, teacher_features: Any) -> None:
+        """Warn once if the teacher's batch norms use, and move, statistics of the batch."""
+        if self._warned_of_training or torch.compiler.is_compiling():
+            return
+        if names := training_batch_norms(teacher_features):
+            self._warned_of_training = True
+            warnings.warn(
+                f"The teacher's batch norm {names[0]!r} is in training mode, as {len(names) - 1} "
+                "others are: its graphs depend on the batch and its statistics move. Call "
+                "`teacher.eval()`, after `train()` of a module that holds it.",
+                stacklevel=3,
             )
-        maps = list(features.values() if isinstance(features, Mapping) else features)
-        if len(maps) != len(self.channels):
-            raise ValueError(
-                f"`{name}` must hold {len(self.channels)} tensors, one for each entry of "
-                f"channels={list(self.channels)}; got {len(maps)}."
-            )
-        for p, features_p in enumerate(maps):
-            self._check_point(p, f"{name}[{p}]", features_p)
-            batch = len(features_p) if batch is None else batch
-            if len(features_p) != batch:
-                raise ValueError(
-                    f"`{name}[{p}]` must hold the same {batch} samples as the points before it; "
-                    f"got {len(features_p)} in shape {tuple(features_p.shape)}."
-                )
-        return maps
 
-    def _check_point(self, p: int, point: str, features: Tensor) -> None:
-        weight = self._heads[0].f2.weight
-        check_floating(point, features)
-        channels = channel_count(features, name=point)
-        if channels != self.channels[p]:
-            raise ValueError(
-                f"`{point}` must have {self.channels[p]} channels, as channels[{p}] says; "
-                f"got {channels} in shape {tuple(features.shape)}."
-            )
+    def _remember_order(self, features: Any) -> None:
+        """Let the first mapping set the order of the sensing points' names."""
+        if self._point_names is None and isinstance(features, Mapping):
+            self._point_names = tuple(features)
+
+    def _read(
+        self, name: str, features: Any, layout: Layout, *, batch: int | None = None
+    ) -> list[Tensor]:
+        """Return the features as matrices ``b n c`` that fit the points and the heads."""
+        self._remember_order(features)
+        maps = in_order(name, features, self._point_names)
+        rows = read_rows(name, maps, layout, batch=batch)
         processes = 1 if self.process_group is None else self.process_group.size()
-        if len(features) * processes < 2:
+        if len(rows[0]) * processes < 2:
             raise ValueError(
-                f"`{point}` must hold at least 2 samples: a graph relates samples to each "
-                f"other; got {len(features)}. Drop the last incomplete batch of an epoch."
+                f"`{name}[0]` must hold at least 2 samples: a graph relates samples to each "
+                f"other; got {len(rows[0])}. Drop the last incomplete batch of an epoch."
             )
-        if features.device != weight.device:
-            raise ValueError(
-                f"`{point}` must be on {weight.device}, where the estimators are; "
-                f"got {features.device}. Move one of them with `.to(...)`."
-            )
-        vector_dtype = torch.promote_types(features.dtype, torch.float32)
-        if torch.promote_types(vector_dtype, weight.dtype) != weight.dtype:
-            raise TypeError(
-                f"`{point}` of {features.dtype} gives vectors of {vector_dtype}, which do "
-                f"not fit estimators of {weight.dtype}. Convert the loss with "
-                f"`.to({vector_dtype})`."
-            )
+        heads = self._estimators[0]
+        for p, matrix in enumerate(rows):
+            if matrix.device != heads.device:
+                raise ValueError(
+                    f"`{name}[{p}]` must be on {heads.device}, where the attention heads are; "
+                    f"got {matrix.device}. Move one of them with `.to(...)`."
+                )
+            vector_dtype = torch.promote_types(matrix.dtype, torch.float32)
+            if torch.promote_types(vector_dtype, heads.dtype) != heads.dtype:
+                raise TypeError(
+                    f"`{name}[{p}]` of {matrix.dtype} gives vectors of {vector_dtype}, which do "
+                    f"not fit attention heads of {heads.dtype}. Convert the loss with "
+                    f"`.to({vector_dtype})`."
+                )
+        return rows
+
+
+def _named(name: str, rows: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """Return the rows of each point with its name for messages."""
+    return [(f"{name}[{p}]", row) for p, row in enumerate(rows)]
 
 
 def _neighbours(points: Sequence[P]) -> list[tuple[P, P]]:

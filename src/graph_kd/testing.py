@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from graph_kd._features import channel_axis
 from graph_kd._hooks import FeatureHooks, unwrap
-from graph_kd._svd import channel_count
 
 __all__ = ["assert_feature_hooks"]
 
@@ -64,7 +64,7 @@ def assert_feature_hooks(
             zip(student_features, teacher_features, strict=True)
         ):
             layer, teacher_layer = student_layers[point], teacher_layers[point]
-            ours, theirs = channel_count(student_map), channel_count(teacher_map)
+            ours, theirs = (m.shape[channel_axis(m, "", None)] for m in (student_map, teacher_map))
             if ours != theirs:
                 raise AssertionError(
                     f"Student layer {layer!r} has {ours} channels (shape "

@@ -1,0 +1,192 @@
+"""Attention heads: sample × sample graphs between two layers (Lee & Song 2019, step 3).
+
+Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row (back-end sample),
+``j`` graph column (front-end sample).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graph_kd._checks import check_count, check_floating
+
+__all__ = ["AttentionHeads", "apply_branch", "full_precision", "linear"]
+
+
+class AttentionHeads(nn.Module):
+    """Compare every back-end sample with every front-end sample, head by head.
+
+    The row-wise softmax of the logits is a batch × batch graph. `MultiHeadGraphEstimator` adds what
+    trains the heads on a teacher. A student's own heads are this class alone: the transfer loss
+    trains them.
+
+    Equation: Lee & Song 2019, S_a = θ_a(V_B) φ_a(V_F)ᵀ, G_a = softmax_j(S_a).
+
+    Differs from the source: weights start from a normal distribution of variance 2 / fan_out,
+    theirs from the truncated one.
+
+    Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in
+    half precision are used in float32. Training mode uses (and moves) the statistics of the batch,
+    so it needs at least two samples; evaluation mode uses the running ones.
+
+    Args:
+        front_channels: Length of a front-end vector. Count.
+        back_channels: Length of a back-end vector. Count.
+        num_heads: Attention heads. Count.
+        head_channels: Width of a head; by default (front_channels + back_channels) // 2. Count.
+
+    Shape:
+        - front: ``j c_front``, floating, the parameters' dtype, or float32 for half precision
+        - back: ``i c_back``, likewise
+    """
+
+    def __init__(
+        self,
+        front_channels: int,
+        back_channels: int,
+        num_heads: int = 8,
+        *,
+        head_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.front_channels = check_count("front_channels", front_channels)
+        self.back_channels = check_count("back_channels", back_channels)
+        self.num_heads = check_count("num_heads", num_heads)
+        if head_channels is None:
+            head_channels = max(1, (front_channels + back_channels) // 2)
+        self.head_channels = check_count("head_channels", head_channels)
+        width = num_heads * head_channels  # head-major: (m d)
+        self.theta = nn.Sequential(linear(back_channels, width), nn.BatchNorm1d(width))
+        self.phi = nn.Sequential(linear(front_channels, width), nn.BatchNorm1d(width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the computation: that of the parameters, float32 at least."""
+        return torch.promote_types(self._weight.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._weight.device
+
+    def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
+        """Return the attention logits S before any softmax, ``m i j``."""
+        theta, phi = self.embeddings(front, back)
+        with full_precision(theta):
+            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        return logits
+
+    def embeddings(
+        self, front: Tensor, back: Tensor, *, move_statistics: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in the mode that `train` set.
+
+        ``move_statistics=False`` leaves the running statistics as they are, in training too.
+        """
+        front, back = self._check_rows(front, back, training=self.training)
+        theta = apply_branch(self.theta, back, move_statistics=move_statistics)
+        phi = apply_branch(self.phi, front, move_statistics=move_statistics)
+        return self._by_head(theta), self._by_head(phi)
+
+    def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in inference mode.
+
+        Their products are the logits of the graphs that are transferred. Running statistics are
+        used and stay as they are, whatever `train` says; gradient flows to the two inputs, and none
+        to the parameters.
+        """
+        front, back = self._check_rows(front, back, training=False)
+        with full_precision(front):
+            theta, phi = _inference(self.theta, back), _inference(self.phi, front)
+        return self._by_head(theta), self._by_head(phi)
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``print(module)``."""
+        return (
+            f"{self.front_channels}, {self.back_channels}, num_heads={self.num_heads}, "
+            f"head_channels={self.head_channels}"
+        )
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast(nn.Linear, self.theta[0]).weight
+
+    def _by_head(self, embedding: Tensor) -> Tensor:
+        by_head: Tensor = rearrange(embedding, "n (m d) -> m n d", m=self.num_heads)
+        return by_head
+
+    def _check_rows(self, front: Tensor, back: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the rows in the precision of the computation."""
+        for name, rows, channels in (
+            ("front", front, self.front_channels),
+            ("back", back, self.back_channels),
+        ):
+            check_floating(name, rows)
+            if rows.ndim != 2 or rows.shape[1] != channels:
+                raise ValueError(
+                    f"`{name}` must have shape (samples, {channels}); got {tuple(rows.shape)}."
+                )
+            if rows.dtype not in (self.dtype, self._weight.dtype) or rows.device != self.device:
+                raise TypeError(
+                    f"`{name}` must be {self.dtype} on {self.device}, as the parameters are; "
+                    f"got {rows.dtype} on {rows.device}. Convert it with `.to()`."
+                )
+        fewest = min(len(front), len(back)) if training else len(front)
+        if fewest < 2:
+            raise ValueError(
+                "`front` and `back` must hold at least 2 samples: a graph relates samples to each "
+                f"other, and batch norm needs two; got {len(front)} and {len(back)}. Drop the last "
+                "incomplete batch of an epoch."
+            )
+        return front.to(self.dtype), back.to(self.dtype)
+
+
+def full_precision(rows: Tensor) -> torch.autocast:
+    """Switch autocast off: unit vectors and their small differences need more than half."""
+    return torch.autocast(rows.device.type, enabled=False)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """Return a linear layer with the start of the method: He's, by fan-out; zero bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def apply_branch(branch: nn.Module, rows: Tensor, *, move_statistics: bool = True) -> Tensor:
+    """Apply a branch in the precision of ``rows``, whatever that of its parameters."""
+    with full_precision(rows):
+        parameters, buffers = dict(branch.named_parameters()), dict(branch.named_buffers())
+        same = all(p.dtype == rows.dtype for p in parameters.values())
+        if same and (move_statistics or not branch.training):
+            result: Tensor = branch(rows)
+            return result
+        moved = {
+            name: buffer.to(rows.dtype, copy=True) if buffer.is_floating_point() else buffer.clone()
+            for name, buffer in buffers.items()
+        }
+        converted = {name: p.to(rows.dtype) for name, p in parameters.items()}
+        result = functional_call(branch, converted | moved, rows)
+    if move_statistics:
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(moved[name])
+    return result
+
+
+def _inference(branch: nn.Sequential, rows: Tensor) -> Tensor:
+    """Linear + batch norm with running statistics and constant weights."""
+    layer, norm = cast(nn.Linear, branch[0]), cast(nn.BatchNorm1d, branch[1])
+    state = (layer.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, mean, var, gain, bias = (cast(Tensor, t).detach().to(rows.dtype) for t in state)
+    centred = F.linear(rows, weight, -mean)
+    # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
+    return torch.addcmul(bias, centred, gain * torch.rsqrt(var + norm.eps))

@@ -1,0 +1,270 @@
+"""Feature lists of any layout: channel axes, mappings, and vectors that rounding alone decides."""
+
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+
+from graph_kd import GraphTransferLoss, SVDFeature, align_singular_vectors
+
+CHANNELS = (6, 8, 10)
+
+
+def make(channels=CHANNELS, **settings):
+    torch.manual_seed(0)
+    return GraphTransferLoss(channels, 3, **settings).double()
+
+
+def features(seed=0, batch=6, channels=CHANNELS):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, c, 4, 5) for c in channels]
+    return [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def last(maps):
+    return [rearrange(m, "b c h w -> b h w c") for m in maps]
+
+
+def volumes(maps):
+    return [rearrange(m, "b c (t h) w -> b c t h w", t=2) for m in maps]
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("student_channels", [None, CHANNELS], ids=["paper", "own heads"])
+@pytest.mark.parametrize(
+    ("channel_dim", "teacher", "student"),
+    [
+        (-1, last, last),
+        (3, last, last),
+        ((None, -1), list, last),
+        ((-1, None), last, list),
+        ([-1, 1], last, list),
+        (1, list, list),
+        ((-1, None), last, volumes),
+        (-1, lambda m: last(m), lambda m: [v.movedim(1, -1) for v in volumes(m)]),
+    ],
+)
+def test_the_layout_of_the_maps_does_not_matter(channel_dim, teacher, student, student_channels):
+    maps, targets = features(), features(seed=1)
+    plain = make(student_channels=student_channels).eval()
+    loss = make(student_channels=student_channels, channel_dim=channel_dim).eval()
+    torch.testing.assert_close(loss(student(maps), teacher(targets)), plain(maps, targets))
+    torch.testing.assert_close(loss.estimator_loss(teacher(targets)), plain.estimator_loss(targets))
+    torch.testing.assert_close(
+        loss.graphs(student(maps), align_to=teacher(targets)), plain.graphs(maps, align_to=targets)
+    )
+
+
+def test_tokens_and_vectors_keep_their_channels_last_whatever_channel_dim_says():
+    tokens = [rearrange(m, "b c h w -> b (h w) c") for m in features()]
+    vectors = [m[..., 0, 0] for m in features(seed=1)]
+    for student in (tokens, vectors):
+        wanted = make()(student, features(seed=2))
+        torch.testing.assert_close(
+            make(channel_dim=(1, -1))(student, features(seed=2)), wanted, rtol=1e-9, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("maps", "hint"),
+    [
+        (last(features()), r"Axis -1 has 6: if the channels are there, pass channel_dim=-1"),
+        ([m.movedim(1, 2) for m in features()], r"Axis 2 has 6: .* pass channel_dim=2"),
+        ([m.movedim(1, -1) for m in volumes(features())], r"Axis -1 has 6: .*channel_dim=-1"),
+        (
+            [rearrange(m, "b c h w -> b c (h w)") for m in features()],
+            r"Axis 1 has 6: maps of rank 3 are tokens `b n c`; .*Conv1d.*`features\.mT`",
+        ),
+    ],
+)
+def test_a_map_that_would_fit_with_another_axis_is_told_which(maps, hint):
+    with pytest.raises(ValueError, match=rf"`teacher_features\[0\]` must have 6 .*{hint}"):
+        make().estimator_loss(maps)
+    with pytest.raises(ValueError, match=rf"`student_features\[0\]` must have 6 .*{hint}"):
+        make()(maps, features())
+
+
+def test_a_map_that_fits_without_channel_dim_is_told_so():
+    with pytest.raises(ValueError, match=r"6 channels on axis 3.*Axis 1 has 6.*channel_dim=1"):
+        make(channel_dim=-1).estimator_loss(features())
+
+
+@pytest.mark.parametrize("maps", [features(channels=(6, 9, 10)), features(channels=(6, 7, 10))])
+def test_only_a_student_is_told_of_student_channels(maps):
+    with pytest.raises(ValueError, match=r"`student_features\[1\]` .*`student_channels`"):
+        make()(maps, features())
+    with pytest.raises(ValueError, match=r"`teacher_features\[1\]` must have 8 [^`]*$"):
+        make()(features(), maps)
+
+
+def test_a_sequence_axis_in_front_is_told_that_axis_0_is_the_batch():
+    maps = [features()[0], torch.randn(9, 6, 8).double(), features()[2]]
+    with pytest.raises(ValueError, match=r"must hold the same 6 samples.*got 9.*Axis 0 is the bat"):
+        make().estimator_loss(maps)
+
+
+@pytest.mark.parametrize(
+    ("channel_dim", "error"),
+    [
+        (0, ValueError),
+        (5, ValueError),
+        ((1, 0), ValueError),
+        ("last", TypeError),
+        ((1, 2, 3), TypeError),
+        (True, TypeError),
+        (1.0, TypeError),
+    ],
+)
+def test_rejects_a_channel_dim_that_names_no_axis(channel_dim, error):
+    with pytest.raises(error, match=r"`channel_dim` must (be an int|name an axis)"):
+        make(channel_dim=channel_dim)
+
+
+def test_rejects_a_channel_dim_that_the_map_does_not_have():
+    with pytest.raises(
+        ValueError, match=r"`channel_dim` must name an axis of `teacher_features\[0"
+    ):
+        make(channel_dim=4).estimator_loss(features())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+def test_quantised_maps_are_told_to_dequantise():
+    maps = [torch.quantize_per_tensor(m.float(), 0.1, 0, torch.quint8) for m in features()]
+    with pytest.raises(TypeError, match=r"`student_features\[0\]` .*quint8.*`\.dequantize\(\)`"):
+        make().float()(maps, maps)
+    with pytest.raises(TypeError, match=r"`features` .*`\.dequantize\(\)`"):
+        SVDFeature()(maps[0])
+
+
+# Mappings.
+
+equal = pytest.mark.parametrize("channels", [CHANNELS, (6, 6, 6)])
+
+
+def shuffled(mapping):
+    return {name: mapping[name] for name in ("b", "c", "a")}
+
+
+@equal
+def test_mappings_are_paired_by_key(channels):
+    loss = make(channels)
+    student, teacher = features(channels=channels), features(seed=1, channels=channels)
+    wanted = loss(student, teacher)
+    named_student, named_teacher = (
+        dict(zip("abc", maps, strict=True)) for maps in (student, teacher)
+    )
+    assert torch.equal(loss(named_student, named_teacher), wanted)
+    assert torch.equal(loss(shuffled(named_student), named_teacher), wanted)
+    assert torch.equal(loss(named_student, shuffled(named_teacher)), wanted)
+    assert torch.equal(loss(shuffled(named_student), shuffled(named_teacher)), wanted)
+    aligned = loss.graphs(shuffled(named_student), align_to=shuffled(named_teacher))
+    torch.testing.assert_close(aligned, loss.graphs(student, align_to=teacher), rtol=0, atol=0)
+
+
+@equal
+def test_the_teacher_phase_sets_the_order_of_the_keys(channels):
+    loss, maps = make(channels).eval(), features(channels=channels)
+    named = dict(zip("abc", maps, strict=True))
+    wanted = loss.estimator_loss(named)
+    assert torch.equal(loss.estimator_loss(shuffled(named)), wanted)
+    assert torch.equal(loss(shuffled(named), shuffled(named)), loss(maps, maps))
+
+
+@pytest.mark.parametrize("keys", ["abd", "ab", "abcd"])
+def test_rejects_mappings_of_other_keys(keys):
+    loss, maps = make(), features()
+    named = dict(zip("abc", maps, strict=True))
+    other = dict.fromkeys(keys, maps[0])
+    message = r"`student_features` must have the keys \['a', 'b', 'c'\], .*got \['a', 'b'.*by posit"
+    with pytest.raises(ValueError, match=message):
+        loss(other, named)
+
+
+# Vectors of singular value zero.
+
+
+def of_rank(rank, n, c, seed, batch=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(batch, n, rank, generator=generator, dtype=torch.float64)
+    right = torch.randn(batch, rank, c, generator=generator, dtype=torch.float64)
+    return (left @ right).to(dtype)
+
+
+@pytest.mark.parametrize("form", ["paper", "own heads"])
+@pytest.mark.parametrize(("n", "c"), [(4, 16), (16, 4), (7, 7)])
+@given(
+    rank=st.integers(1, 3),
+    k=st.integers(1, 4),
+    seed=seeds,
+    level=st.sampled_from([1e-17, 1e-16, 1e-15]),
+)
+def test_rounding_does_not_decide_the_loss(form, n, c, rank, k, seed, level):
+    """Noise in the last digits of rank-deficient maps changes the loss in its last digits."""
+    own = {} if form == "paper" else {"student_channels": (c, c)}
+    loss = make((c, c), k=k, **own).eval()
+    student, teacher = ([of_rank(rank, n, c, seed + s) for s in pair] for pair in ((0, 1), (2, 3)))
+    torch.manual_seed(seed)
+    noisy = [[m + level * torch.randn_like(m) for m in maps] for maps in (student, teacher)]
+    assert abs(loss(*noisy) - loss(student, teacher)) < 1e-9
+
+
+@pytest.mark.parametrize(("n", "c"), [(4, 16), (16, 4), (7, 7), (64, 32), (32, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_null_vector_is_chosen_only_where_there_is_no_other(n, c, dtype):
+    """The teacher looks where the student has nothing: its closest candidate is a null vector."""
+    loss = make((c, c)).to(dtype)
+    student = of_rank(2, n, c, seed=0, dtype=dtype)
+    null = SVDFeature(4)(student)[:, 3]
+    vectors = SVDFeature(2)(student)
+    teacher = rearrange(null + 0.1 * vectors[:, 1], "b c -> b 1 c")
+    wanted = [align_singular_vectors(vectors, SVDFeature(1)(teacher))] * 2
+    flat = [rearrange(v, "b 1 c -> b c") for v in wanted]
+    torch.testing.assert_close(
+        loss([student] * 2, [teacher] * 2), loss(flat, [teacher] * 2), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_alignment_takes_a_null_vector_where_all_are():
+    student, teacher = torch.eye(3)[None], torch.eye(3)[None, 2:]
+    null = torch.tensor([[False, False, True]])
+    assert torch.equal(align_singular_vectors(student, teacher), teacher)
+    aligned = align_singular_vectors(student, teacher + 0.1, null=null)
+    assert torch.equal(aligned, student[:, :1])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    assert align_singular_vectors(student, teacher, null=everything).norm() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["paper", "own heads"])
+def test_dead_maps_give_a_finite_loss_and_no_gradient_of_their_own(form, dtype):
+    own = {} if form == "paper" else {"student_channels": CHANNELS}
+    loss = make(**own).to(dtype)
+    student = [f.to(dtype) for f in features()]
+    for maps in student:
+        maps[2:4] = 0
+        maps.requires_grad_()
+    value = loss(student, [f.to(dtype) for f in features(seed=1)])
+    assert value.isfinite()
+    for gradient in torch.autograd.grad(value, student):
+        assert gradient.isfinite().all()
+        assert not gradient[2:4].any()
+        assert gradient[:2].any()
+
+
+# Padding.
+
+
+def test_padding_times_its_mask_changes_nothing():
+    tokens = [torch.randn(6, 10, c, dtype=torch.float64) for c in CHANNELS]
+    padding = torch.randn(1, 1, 1, dtype=torch.float64)
+    padded = [torch.cat([t, padding.expand(6, 20, t.shape[2])], dim=1) for t in tokens]
+    mask = torch.cat([torch.ones(6, 10), torch.zeros(6, 20)], dim=1)
+    masked = [t * rearrange(mask, "b n -> b n 1") for t in padded]
+    loss, teacher = make(), features()
+    torch.testing.assert_close(loss(masked, teacher), loss(tokens, teacher))
+    assert (loss(padded, teacher) - loss(tokens, teacher)).abs() > 1e-3
