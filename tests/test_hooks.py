@@ -621,6 +621,11 @@ def test_features_without_hooks_are_not_checked():
         use(hooks.features[:1], hooks.features[1:])
         use([], hooks.features)
         use([None], hooks.features)
+        use({}, hooks.features)
+        use(torch.ones(3, 6), hooks.features)
+        check_fresh(None, hooks.features)
+        ours, _ = use(iter([torch.randn(3, 6)] * 2), hooks.features)
+        assert len(ours) == 2
         check_estimator_fresh(student)
 
 
