@@ -94,7 +94,7 @@ def record_estimator_use(teacher: Any) -> None:
 
 
 def _first_tensor(features: Any) -> Tensor | None:
-    """Return the first map; None for what the loss refuses, and for iterators, used up by a look."""
+    """Return the first map; None for what the loss refuses, and for an iterator, which ends."""
     if isinstance(features, Mapping):
         features = list(features.values())
     first = features[0] if isinstance(features, list | tuple) and features else None
