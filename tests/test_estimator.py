@@ -208,3 +208,12 @@ def test_rejects_sizes_that_are_no_counts(name):
     sizes = {"front_channels": 2, "back_channels": 2, name: 0}
     with pytest.raises(ValueError, match=f"`{name}` must be an int ≥ 1; got 0"):
         MultiHeadGraphEstimator(**sizes)
+
+
+def test_weights_start_from_hes_normal_distribution_by_fan_out_and_the_bias_at_zero():
+    torch.manual_seed(0)
+    estimator = MultiHeadGraphEstimator(40, 60, num_heads=8)
+    for layer in (estimator.theta[0], estimator.phi[0], estimator.f1[0], estimator.f2):
+        wanted = (2 / layer.weight.shape[0]) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(wanted, rel=0.05)
+    assert not estimator.f2.bias.any()

@@ -385,3 +385,29 @@ def test_rejects_vectors_that_do_not_pair_up():
 
 def test_settings_are_shown():
     assert repr(SVDFeature(2, channel_dim=-1)) == "SVDFeature(k=2, channel_dim=-1)"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_features_that_are_not_finite_are_refused_in_every_precision(bad, dtype):
+    features = torch.randn(3, 4, 5, 5).to(dtype)
+    features[1, 2, 3, 4] = bad
+    with pytest.raises(ValueError, match=r"`features` must be finite; .*in 1 of 3 .*first is 1\)"):
+        SVDFeature()(features)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 3), (2, 3, 0, 3), (2, 0, 4), (2, 4, 0)])
+def test_features_without_a_position_or_a_channel_are_refused(shape):
+    with pytest.raises(ValueError, match=r"at least one position and one channel; got shape \(2,"):
+        SVDFeature()(torch.ones(shape))
+
+
+def test_the_choice_of_a_vector_is_made_in_the_higher_precision_of_the_two():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        teacher = torch.randn(4, 1, 8, generator=generator, dtype=torch.float64)
+        student = torch.randn(4, 4, 8, generator=generator).bfloat16()
+        wanted = align_singular_vectors(student.double(), teacher)
+        assert torch.equal(align_singular_vectors(student, teacher).double(), wanted)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(align_singular_vectors(student.float(), teacher), wanted.float())

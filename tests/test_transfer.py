@@ -403,3 +403,57 @@ def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
         make().estimator_loss(of_teacher)
     teacher.eval()(IMAGES[0])
     make().estimator_loss(of_teacher)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_several_vectors_a_sample_equal_the_loops(k):
+    loss, student, teacher = make(k=k), features(), features(seed=1)
+
+    def rows(vectors):
+        return vectors.flatten(1) / k**0.5
+
+    total = 0.0
+    targets = [SVDFeature(k)(f) for f in teacher]
+    aligned = [
+        reference.align(SVDFeature(4)(f), target)
+        for f, target in zip(student, targets, strict=True)
+    ]
+    for p, estimator in enumerate(loss.estimators):
+        logits = [
+            reference.logits(estimator, rows(v[p]), rows(v[p + 1]), training=False)
+            for v in (aligned, targets)
+        ]
+        total = total + reference.transfer_loss(*logits)
+    torch.testing.assert_close(loss(student, teacher), total)
+
+
+def test_graphs_keep_no_autograd_graph():
+    loss, student = make(), [f.requires_grad_() for f in features()]
+    for graph in (*loss.graphs(student), *loss.graphs(student, align_to=features(seed=1))):
+        assert not graph.requires_grad
+
+
+def test_autocast_leaves_the_graphs_and_the_choice_of_vectors_alone():
+    loss = make().float()
+    for seed in range(20):
+        student = [f.float() for f in features(seed)]
+        teacher = [f.float() for f in features(seed + 1)]
+        wanted = loss.graphs(student, align_to=teacher)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = loss.graphs(student, align_to=teacher)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_logits_of_a_block_are_computed_again_in_the_backward_pass():
+    calls = []
+    loss = make(block_rows=2, squash=lambda logits: calls.append(logits.shape) or logits)
+    value = loss([f.requires_grad_() for f in features()], features(seed=1))
+    forward = len(calls)
+    value.backward()
+    assert len(calls) == 2 * forward
+
+
+def test_a_generator_of_features_is_read_once():
+    loss, student, teacher = make(), features(), features(seed=1)
+    wanted = loss(student, teacher)
+    assert torch.equal(loss((f for f in student), (f for f in teacher)), wanted)
