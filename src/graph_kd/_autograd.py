@@ -79,13 +79,15 @@ def gradients_of(
     gradients: Sequence[Tensor | None] = ()
     if loss.requires_grad:
         try:
-            gradients = torch.autograd.grad(
-                loss,
-                leaves,
-                torch.full_like(loss, scale),
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
+            # As `.backward()` should be: autocast would take float32 products in half precision.
+            with torch.autocast(loss.device.type, enabled=False):
+                gradients = torch.autograd.grad(
+                    loss,
+                    leaves,
+                    torch.full_like(loss, scale),
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
         except RuntimeError as error:
             if "donated buffer" not in str(error):
                 raise

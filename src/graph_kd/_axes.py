@@ -1,59 +1,54 @@
-"""Find the channel axis of a layer's output by what its modules say of themselves."""
+"""Find the channel axis of a layer's output by the layers of torch that ran in it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["find_channels"]
+__all__ = ["Channels", "watch_channels"]
 
-_COUNTS = (
-    "out_channels",
-    "out_features",
-    "num_features",
-    "num_channels",
-    "embedding_dim",
-    "normalized_shape",
-)
-_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding)
+_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, getattr(nn, "RMSNorm", nn.Linear))
+_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
 
 
-def find_channels(
-    modules: dict[str, nn.Module], layer: str, feature: Tensor, axis: int, *, as_given: bool
-) -> tuple[nn.Module, int, int] | None:
-    """Return the module that contradicts ``axis``, its channels and their axis, or None.
+class Channels(NamedTuple):
+    """The last layer of torch that knows its channel axis, and the shape of what it gave."""
 
-    Asked is the layer itself, else the last module inside it or, for an activation, before it.
-    torch's own layers are sure of their axis. Of others, whose output may be permuted or joined to
-    another, only the count is known: it counts if it fits one axis, and this is not ``axis``.
+    module: nn.Module
+    axis: int
+    shape: tuple[int, ...]
 
-    Args:
-        modules: The model's modules by name, in order.
-        layer: The name of the layer.
-        feature: What it gave, ``b ...``.
-        axis: Where the channels are taken to be.
-        as_given: Whether the feature is the layer's output, not changed by a callable.
+
+@contextmanager
+def watch_channels(
+    modules: dict[str, nn.Module], layers: Sequence[str]
+) -> Iterator[dict[str, Channels]]:
+    """Yield, for each of ``layers`` that runs, the last knowing layer that ran by then.
+
+    A layer whose output has the shape of that layer's has its channels on the same axis: an
+    activation after a convolution, or a residual block. Any other shape says nothing.
     """
-    hooked = modules[layer]
-    names = list(modules)
-    before = [modules[name] for name in names[: names.index(layer)]]
-    leaves = [m for m in [*before, *hooked.modules()] if next(m.children(), None) is None]
-    counted = [(module, _count(module)) for module in leaves]
-    telling = [(module, count) for module, count in counted if count is not None]
-    if not telling:
-        return None
-    module, count = telling[-1]
-    if module is hooked and as_given and type(module).__module__.startswith("torch.nn.modules."):
-        own = feature.ndim - 1 if isinstance(module, _CHANNELS_LAST) else 1
-        return None if own == axis else (module, count, own)
-    fits = [n for n in range(1, feature.ndim) if feature.shape[n] == count]
-    return (module, count, fits[0]) if len(fits) == 1 and fits[0] != axis else None
+    last: list[Channels] = []
+    found: dict[str, Channels] = {}
 
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            axis = output.ndim - 1 if isinstance(module, _LAST) else 1
+            last[:] = [Channels(module, axis, tuple(output.shape))]
 
-def _count(module: nn.Module) -> int | None:
-    for name in _COUNTS:
-        value = getattr(module, name, None)
-        if isinstance(value, tuple) and len(value) == 1:  # a LayerNorm over one axis
-            (value,) = value
-        if isinstance(value, int):
-            return value
-    return None
+    def keep(name: str) -> Any:
+        return lambda *_: found.update({name: last[0]} if last else {})
+
+    knowing = {module for module in modules.values() if isinstance(module, _LAST + _SECOND)}
+    handles = [module.register_forward_hook(note) for module in knowing]
+    handles += [modules[name].register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

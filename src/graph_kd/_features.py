@@ -151,19 +151,20 @@ def _wrong_channels(point: str, p: int, features: Tensor, axis: int, layout: Lay
     )
     fitting = [a for a in range(1, len(shape)) if a != axis and shape[a] == wanted]
     if fitting and features.ndim >= 4:
-        dim = -1 if fitting[-1] == features.ndim - 1 else fitting[0]
-        return (
-            f"{message} Axis {dim} has {wanted}: if the channels are there, pass channel_dim={dim} "
-            "for both networks, or channel_dim=(teacher, student) if their layouts differ."
+        dims = [-1 if a == features.ndim - 1 else a for a in fitting]
+        message += (
+            f" Axis {' and axis '.join(map(str, dims))} has {wanted}: if the channels are there, "
+            f"pass channel_dim={' or '.join(map(str, dims))} for both networks, or "
+            "channel_dim=(teacher, student) if their layouts differ."
         )
-    if fitting:
-        return (
-            f"{message} Axis 1 has {wanted}: maps of rank 3 are tokens `b n c`; if the channels "
-            "are on axis 1 (Conv1d), pass `features.mT`."
+    elif fitting:
+        message += (
+            f" Axis 1 has {wanted}: maps of rank 3 are tokens `b n c`; if the channels are on axis "
+            "1 (Conv1d), pass `features.mT`."
         )
     if point.startswith("student") and layout.argument == "channels":
-        return (
-            f"{message} For a student with other channels than the teacher, build the loss with "
+        message += (
+            " For a student with other channels than the teacher, build the loss with "
             "`student_channels`: the student then gets attention heads of its own."
         )
     return message

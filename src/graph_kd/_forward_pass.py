@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, MutableMapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ForwardPass", "HookedFeatures", "record_estimator_use", "record_use"]
+__all__ = ["ForwardPass", "check_estimator_fresh", "check_fresh", "training_norms"]
 
 # The id of the model and the names of the hooked layers. Hooks that are placed anew for every step
 # are one source.
 Source = tuple[int, tuple[str, ...]]
+
+# Of tensors that hooks gave, in whatever list they arrive.
+_PASS_OF: MutableMapping[Tensor, ForwardPass] = WeakTensorKeyDictionary()
+
+
+class Use(NamedTuple):
+    """Features used with those of a partner; how often they had been read by then."""
+
+    reads: int
+    partner: weakref.ref[Any]
 
 
 class ForwardPass:
@@ -22,90 +33,87 @@ class ForwardPass:
     It holds no features, neither its own nor those they were used with.
     """
 
-    def __init__(self, source: Source, batch_norms: tuple[tuple[str, nn.Module], ...]) -> None:
+    def __init__(self, source: Source, norms: tuple[tuple[str, nn.Module], ...]) -> None:
         self.source = source
-        self.batch_norms = batch_norms
+        self.norms = norms
         self.copy_ran = False
-        self.used_for_estimators = False
-        self.student_tensors: dict[Source | None, weakref.ref[Tensor]] = {}
-        self.teacher_passes: dict[Source, weakref.ref[ForwardPass]] = {}
+        self.reads = 0
+        self.uses: dict[Source | None, Use] = {}
+        self.reads_for_heads: int | None = None
+
+    def read(self, features: Iterable[Tensor]) -> None:
+        """Note that features are read, and which."""
+        self.reads += 1
+        for feature in features:
+            _PASS_OF[feature] = self
+
+    def use(self, role: str, partner: ForwardPass | Tensor) -> None:
+        """Note a use for one loss; refuse features that are read anew for a second step."""
+        source = partner.source if isinstance(partner, ForwardPass) else None
+        before = self.uses.get(source)
+        if before is not None and self.reads > before.reads:
+            earlier = before.partner()
+            # Without hooks a living partner may belong to the same step (two students, say).
+            same_step = earlier is not None and source is None and not self.copy_ran
+            if earlier is not partner and not same_step:
+                raise self.stale(role)
+        self.uses[source] = Use(self.reads, weakref.ref(partner))
+
+    def stale(self, role: str) -> RuntimeError:
+        """Return the error for features of an earlier step."""
+        _, layers = self.source
+        return RuntimeError(
+            f"The {role}'s features (layers {list(layers)}) are those of an earlier step: the "
+            "hooked model did not run since. If a copy of it runs (a deepcopy, an AveragedModel, a "
+            "traced, quantised or half-precision copy), place the hooks on that copy. To use one "
+            "batch's features again on purpose, read `features` once and pass that list each time."
+        )
 
 
-class HookedFeatures(list[Tensor]):
-    """The features of one forward pass: a list that knows the pass.
+def check_fresh(student: list[Any], teacher: list[Any]) -> None:
+    """Raise if hooked features serve a second training step without a new forward pass.
 
-    Copies and slices are plain lists.
+    A list that was used before may be used again: the user holds it on purpose. Features read anew
+    must come from a new forward pass, unless they are used with the same partner, or with that of
+    another model. A loss without gradient is no step.
+
+    Raises:
+        RuntimeError: features of one forward pass were read twice, for different steps.
     """
-
-    def __init__(self, features: Iterable[Tensor], forward_pass: ForwardPass) -> None:
-        super().__init__(features)
-        self.forward_pass = forward_pass
-        self.used_with: set[Source | None] = set()
-        self.used_for_estimators = False
-
-    def __reduce__(self) -> tuple[type[list[Tensor]], tuple[list[Tensor]]]:
-        return list, (list(self),)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    ours, theirs = _pass_of(student), _pass_of(teacher)
+    if theirs is not None:
+        theirs.use("teacher", student[0] if ours is None else ours)
+        if ours is not None:
+            ours.use("student", theirs)
 
 
-# Without it, a subclass of list is one opaque leaf to torch.func and torch.export.
-pytree.register_pytree_node(
-    HookedFeatures, lambda features: (list(features), None), lambda features, _: list(features)
-)
+def check_estimator_fresh(teacher: list[Any]) -> None:
+    """Raise if attention heads train on one pass twice while a copy of the hooked model ran.
 
-
-def record_use(student: Any, teacher: Any) -> None:
-    """Record a use of both features for one loss; raise if one of them is stale.
-
-    A list that was used before may be used again: the user holds it on purpose. A list read anew
-    must come from a new forward pass, unless it is used with the same partner, or with that of
-    another model.
+    Raises:
+        RuntimeError: features of one forward pass were read twice, and a copy ran since.
     """
-    first = _first_tensor(student)
-    if not isinstance(teacher, HookedFeatures) or first is None:
+    theirs = None if torch.compiler.is_compiling() else _pass_of(teacher)
+    if theirs is None:
         return
-    teacher_pass = teacher.forward_pass
-    of_student = student.forward_pass.source if isinstance(student, HookedFeatures) else None
-    before = teacher_pass.student_tensors.get(of_student)
-    if before is not None and before() is not first and of_student not in teacher.used_with:
-        raise _stale("teacher", teacher_pass, "with features of another step of the student")
-    if isinstance(student, HookedFeatures):
-        student_pass, of_teacher = student.forward_pass, teacher_pass.source
-        earlier = student_pass.teacher_passes.get(of_teacher)
-        if (
-            earlier is not None
-            and earlier() is not teacher_pass
-            and of_teacher not in student.used_with
-        ):
-            raise _stale("student", student_pass, "with features of another step of the teacher")
-        student_pass.teacher_passes[of_teacher] = weakref.ref(teacher_pass)
-        student.used_with.add(of_teacher)
-    teacher_pass.student_tensors[of_student] = weakref.ref(first)
-    teacher.used_with.add(of_student)
+    before = theirs.reads_for_heads
+    if before is not None and theirs.copy_ran and theirs.reads > before:
+        raise theirs.stale("teacher")
+    theirs.reads_for_heads = theirs.reads
 
 
-def record_estimator_use(teacher: Any) -> None:
-    """Record a use for the training of attention heads; raise if a copy of the model ran since."""
-    if not isinstance(teacher, HookedFeatures):
-        return
-    record = teacher.forward_pass
-    if record.used_for_estimators and record.copy_ran and not teacher.used_for_estimators:
-        raise _stale("teacher", record, "for the attention heads")
-    record.used_for_estimators = teacher.used_for_estimators = True
+def training_norms(features: Iterable[Any]) -> list[str]:
+    """Name the norms of the hooked model whose running statistics move, now.
+
+    They are collected when the hooks are placed; their mode is looked up in this call, so call it
+    right after the forward pass. Features that no hooks gave have none.
+    """
+    found = _pass_of(features)
+    return [] if found is None else [name for name, norm in found.norms if norm.training]
 
 
-def _first_tensor(features: Any) -> Tensor | None:
-    """Return the first map; None for what the loss refuses, and for an iterator, which ends."""
-    if isinstance(features, Mapping):
-        features = list(features.values())
-    first = features[0] if isinstance(features, list | tuple) and features else None
-    return first if isinstance(first, Tensor) else None
-
-
-def _stale(role: str, record: ForwardPass, how: str) -> RuntimeError:
-    _, layers = record.source
-    return RuntimeError(
-        f"The {role}'s features (layers {list(layers)}) were used before, {how}: the hooked model "
-        "did not run since. Probably a copy of it runs (a deepcopy, an AveragedModel, a traced, "
-        "quantised or half-precision copy): place the hooks on the model that runs. To use one "
-        "batch's features again on purpose, read `features` once and pass that list each time."
-    )
+def _pass_of(features: Iterable[Any]) -> ForwardPass | None:
+    passes = (_PASS_OF.get(f) for f in features if isinstance(f, Tensor))
+    return next((found for found in passes if found is not None), None)

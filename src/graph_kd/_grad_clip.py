@@ -19,7 +19,7 @@ from graph_kd._distributed import (
     check_process_group,
 )
 from graph_kd._gate import Gate, Scope, merge_gradients
-from graph_kd._optimizer_state import Left, OptimizerState, Shared
+from graph_kd._optimizer_state import GATED, Left, OptimizerState, Shared
 
 __all__ = ["GatedGradClip"]
 
@@ -209,6 +209,7 @@ class GatedGradClip(Optimizer):
         for n, (p, gradient) in enumerate(zip(params, merged.gradients, strict=True)):
             p.grad = gradient
             if gradient is not None:
+                GATED[p] = True
                 shared.left[p] = Left(
                     gradient, gradient._version, task[n], transfer[n], reaches[n], shared.step
                 )
@@ -245,7 +246,10 @@ class GatedGradClip(Optimizer):
         shared = self._shared
         shared.optimizer.zero_grad(set_to_none)
         shared.drop_cleared()
-        if not any(p in shared.left for p in _parameters(shared.optimizer)):
+        cleared = [p for p in _parameters(shared.optimizer) if p not in shared.left]
+        for p in cleared:
+            GATED.pop(p, None)
+        if len(cleared) == len(_parameters(shared.optimizer)):
             shared.step += 1
 
     def train(self) -> None:
@@ -389,8 +393,10 @@ class GatedGradClip(Optimizer):
     def _warn_if_ungated(self) -> None:
         shared = self._shared
         given = [p for p in _parameters(shared.optimizer) if p.grad is not None]
-        if shared.warned or not given or any(shared.left_in(p) for p in given):
+        if shared.warned or not given or any(p in GATED for p in given):
             return
+        if all(group.get("lr") in (0, 0.0) for group in self.param_groups):
+            return  # torch.distributed.checkpoint makes the state by a step that moves nothing
         shared.warned = True
         warnings.warn(
             "`step` was called on gradients that `backward` of this optimizer did not make, so "

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit._script import RecursiveScriptModule
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from graph_kd._forward_pass import ForwardPass, HookedFeatures, record_estimator_use, record_use
+from graph_kd._forward_pass import ForwardPass
 from graph_kd._select import Select, Untaken, check_select, take
 
-__all__ = ["FeatureHooks", "check_estimator_fresh", "check_fresh", "training_batch_norms"]
+__all__ = ["FeatureHooks", "named_modules", "unwrap"]
 
 
 class FeatureHooks:
@@ -87,10 +87,10 @@ class FeatureHooks:
             _refuse_scripted(name, modules)
         selects = check_select(select, self.layers)
         self._source = (id(plain), self.layers)
-        self._batch_norms: tuple[tuple[str, nn.Module], ...] = tuple(
+        self._norms: tuple[tuple[str, nn.Module], ...] = tuple(
             (name, module)
             for name, module in modules.items()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
+            if isinstance(module, _NormBase) and module.track_running_stats
         )
         self._kept = _Kept(self.layers)
         self._handles = [plain.register_forward_pre_hook(_Begin(plain, self._kept))]
@@ -102,17 +102,28 @@ class FeatureHooks:
     def features(self) -> list[Tensor]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`. The list knows which pass it came from. So the losses
-        notice when the hooked model no longer runs: a list read anew for a second step, without a
-        new forward pass, raises there. A list that is kept in a variable may be used again.
+        They stay readable after `remove`. The losses notice when the hooked model no longer runs:
+        features that are read anew for a second step, without a new forward pass, raise there. A
+        list that is kept in a variable may be used again.
         """
-        features = [_feature(name, kept) for name, kept in self._kept.outputs.items()]
+        kept = self._kept
+        if kept.is_copy:
+            raise RuntimeError(
+                "These hooks are a copy, and belong to no model. Place new ones on the model that "
+                "runs: FeatureHooks(model, layers)."
+            )
+        features = [_feature(name, outputs) for name, outputs in kept.outputs.items()]
         if torch.compiler.is_compiling():
             return features
-        if self._kept.record is None:
-            self._kept.record = ForwardPass(self._source, self._batch_norms)
-        self._kept.record.copy_ran = self._kept.copy_ran
-        return HookedFeatures(features, self._kept.record)
+        if kept.record is None:
+            kept.record = ForwardPass(self._source, self._norms)
+        if kept.copy_ran:
+            kept.record.copy_ran, kept.copy_ran = True, False
+            kept.stale_reads += 1
+            if kept.stale_reads > 1:  # a copy runs, features are read, and so on: a training loop
+                raise kept.record.stale("hooked model")
+        kept.record.read(features)
+        return features
 
     def remove(self) -> None:
         """Detach everything from the model; calling it twice does no harm."""
@@ -141,56 +152,25 @@ class FeatureHooks:
         return f"FeatureHooks(layers={list(self.layers)})"
 
 
-def check_fresh(student: Any, teacher: Any) -> None:
-    """Raise if hooked features serve a second training step without a new forward pass.
-
-    Both arguments are as the user gave them: hooks, which are read anew, a list read from hooks, or
-    anything else, which is not checked. A list from hooks may be used again as long as it is the
-    same object.
-
-    Raises:
-        RuntimeError: features of one forward pass were read twice, for different steps.
-    """
-    if not torch.compiler.is_compiling():
-        record_use(_read(student), _read(teacher))
-
-
-def check_estimator_fresh(teacher: Any) -> None:
-    """Raise if attention heads train on one pass twice while a copy of the hooked model ran.
-
-    Raises:
-        RuntimeError: features of one forward pass were read twice, and a copy ran since.
-    """
-    if not torch.compiler.is_compiling():
-        record_estimator_use(_read(teacher))
-
-
-def training_batch_norms(features: Any) -> list[str]:
-    """Name the batch norms of the hooked model that are in training mode, now.
-
-    They are collected when the hooks are placed; their mode is looked up in this call, so call it
-    right after the forward pass. Features that no hooks gave have none.
-    """
-    if isinstance(features, FeatureHooks):
-        batch_norms = features._batch_norms
-    elif isinstance(features, HookedFeatures):
-        batch_norms = features.forward_pass.batch_norms
-    else:
-        return []
-    return [name for name, module in batch_norms if module.training]
-
-
-def _read(features: Any) -> Any:
-    return features.features if isinstance(features, FeatureHooks) else features
-
-
 class _Kept:
     """What one forward pass left. Compiled code only clears and sets it, and reads nothing."""
+
+    is_copy = False
 
     def __init__(self, layers: Iterable[str]) -> None:
         self.outputs: dict[str, list[_Output]] = {name: [] for name in layers}
         self.record: ForwardPass | None = None  # made when the features are read
         self.copy_ran = False
+        self.stale_reads = 0  # each after another run of a copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Copied, (tuple(self.outputs),)  # copies and pickles hold no batch
+
+
+class _Copied(_Kept):
+    """What a copy of the hooks holds: the copied model does not know them."""
+
+    is_copy = True
 
 
 # What `take` returned and, where torch counts the changes of a tensor, its count at that time.
@@ -266,6 +246,7 @@ class _Begin(_Hook):
                 outputs.clear()
             self.kept.record = None
             self.kept.copy_ran = False
+            self.kept.stale_reads = 0
         elif self.module is not None:  # a pickle has neither
             self.kept.copy_ran = True
 
@@ -281,6 +262,8 @@ class _Keep(_Hook):
     def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if module is not self.module:
             return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a backward pass computes a checkpoint again
         taken = output if isinstance(output, fx.Proxy) else take(output, self.select)
         version = None
         if isinstance(taken, Tensor):

@@ -101,9 +101,9 @@ def align_singular_vectors(
     Equation: method step 2; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
     V_S = [a_k v_S,i_k].
 
-    Differs from the source: at a cosine of exactly zero the sign is +1 (the source returns a zero
-    vector), of exactly tied vectors the first is taken (the source adds them), and ``null`` vectors
-    are no candidates.
+    Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
+    a zero vector), of exactly tied vectors the first is taken (the source adds them), and ``null``
+    vectors are no candidates.
 
     Gradient flows to the student alone; the choice and the sign are constants.
 
@@ -138,6 +138,8 @@ def align_singular_vectors(
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         cosine = einsum(teacher.to(dtype), student.to(dtype), "b k c, b i c -> b k i")
+        # Of orthogonal vectors rounding alone would decide.
+        cosine = torch.where(cosine.abs() > torch.finfo(dtype).eps ** 0.75, cosine, 0)
         closeness = cosine.abs()
         if null is not None:
             closeness = closeness.masked_fill(rearrange(null, "b i -> b 1 i"), -1)

@@ -26,8 +26,8 @@ from graph_kd._distributed import (
 )
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
+from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
 from graph_kd._heads import AttentionHeads
-from graph_kd._hooks import check_estimator_fresh, check_fresh, training_batch_norms
 from graph_kd._svd import align_singular_vectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
@@ -180,14 +180,15 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
         a row, which say little of the data (`graphs` shows them).
         """
-        maps = self._read("teacher_features", teacher_features, self.teacher_layout)
-        check_estimator_fresh(teacher_features)
-        self._warn_of_training(teacher_features)
-        check_equal_batches(len(maps[0]), maps[0].device, self.process_group)
+        names = self._names(teacher_features)
+        maps = in_order("teacher_features", teacher_features, names)
+        teacher = self._read("teacher_features", maps, self.teacher_layout)
+        self._point_names = names  # of features that fit
+        check_estimator_fresh(maps)
+        self._warn_of_training(maps)
+        check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
         with torch.no_grad():
-            vectors = [
-                self._row(*self._vectors(*point)) for point in _named("teacher_features", maps)
-            ]
+            vectors = [self._row(*self._vectors(*p)) for p in _named("teacher_features", teacher)]
         rows = [gather_rows(row, self.process_group) for row in vectors]
         losses = []
         for estimator, (front, back) in zip(self._estimators, _neighbours(rows), strict=True):
@@ -203,13 +204,16 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
         """Return L_transfer; it trains the student, and its own heads if it has any."""
-        self._remember_order(teacher_features)
-        student = self._read("student_features", student_features, self.student_layout)
+        names = self._names(teacher_features, student_features)
+        student_maps = in_order("student_features", student_features, names)
+        teacher_maps = in_order("teacher_features", teacher_features, names)
+        student = self._read("student_features", student_maps, self.student_layout)
         teacher = self._read(
-            "teacher_features", teacher_features, self.teacher_layout, batch=len(student[0])
+            "teacher_features", teacher_maps, self.teacher_layout, batch=len(student[0])
         )
-        check_fresh(student_features, teacher_features)
-        self._warn_of_training(teacher_features)
+        self._point_names = names  # of features that fit
+        check_fresh(student_maps, teacher_maps)
+        self._warn_of_training(teacher_maps)
         check_equal_batches(len(student[0]), student[0].device, self.process_group)
         student_rows, teacher_rows = self._rows(student, teacher)
         pairs = [
@@ -242,7 +246,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 ``align_to`` is given or only the student has these channels, else the teacher's.
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
-        maps = in_order("features", features, self._point_names)
+        names = self._names(features if align_to is None else align_to, features)
+        maps = in_order("features", features, names)
         own = bool(self.student_heads) and self._is_student(maps, align_to, of)
         layout = self.student_layout if own or align_to is not None else self.teacher_layout
         student = self._read("features", maps, layout)
@@ -250,7 +255,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         if align_to is None or own:
             rows = [self._row(*self._vectors(*point)) for point in _named("features", student)]
         else:
-            teacher = self._read("align_to", align_to, self.teacher_layout, batch=len(student[0]))
+            targets = in_order("align_to", align_to, names)
+            teacher = self._read("align_to", targets, self.teacher_layout, batch=len(student[0]))
             rows, _ = self._rows(student, teacher, names=("features", "align_to"))
         return [
             self._log_graph(*self._embeddings(p, *pair, own=own, move_statistics=False)).exp()
@@ -387,30 +393,28 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def _estimators(self) -> list[MultiHeadGraphEstimator]:
         return cast(list[MultiHeadGraphEstimator], list(self.estimators))
 
-    def _warn_of_training(self, teacher_features: Any) -> None:
-        """Warn once if the teacher's batch norms use, and move, statistics of the batch."""
+    def _warn_of_training(self, teacher_maps: list[Any]) -> None:
+        """Warn once if running statistics of the teacher move."""
         if self._warned_of_training or torch.compiler.is_compiling():
             return
-        if names := training_batch_norms(teacher_features):
+        if names := training_norms(teacher_maps):
             self._warned_of_training = True
             warnings.warn(
-                f"The teacher's batch norm {names[0]!r} is in training mode, as {len(names) - 1} "
-                "others are: its graphs depend on the batch and its statistics move. Call "
-                "`teacher.eval()`, after `train()` of a module that holds it.",
+                f"The teacher is in training mode (see {names[0]!r}): its graphs depend on the "
+                "batch, and its running statistics move. Call `teacher.eval()`, after `train()` of "
+                "a module that holds it.",
                 stacklevel=3,
             )
 
-    def _remember_order(self, features: Any) -> None:
-        """Let the first mapping set the order of the sensing points' names."""
-        if self._point_names is None and isinstance(features, Mapping):
-            self._point_names = tuple(features)
+    def _names(self, *features: Any) -> tuple[Any, ...] | None:
+        """Return the names of the sensing points in order: those of the first mapping given."""
+        given = [tuple(f) for f in features if isinstance(f, Mapping)]
+        return self._point_names or (given[0] if given else None)
 
     def _read(
-        self, name: str, features: Any, layout: Layout, *, batch: int | None = None
+        self, name: str, maps: list[Any], layout: Layout, *, batch: int | None = None
     ) -> list[Tensor]:
         """Return the features as matrices ``b n c`` that fit the points and the heads."""
-        self._remember_order(features)
-        maps = in_order(name, features, self._point_names)
         rows = read_rows(name, maps, layout, batch=batch)
         processes = 1 if self.process_group is None else self.process_group.size()
         if len(rows[0]) * processes < 2:

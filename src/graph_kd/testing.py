@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graph_kd._axes import find_channels
+from graph_kd._axes import Channels, watch_channels
 from graph_kd._features import channel_axis, check_channel_dim
-from graph_kd._hooks import FeatureHooks, named_modules, training_batch_norms, unwrap
+from graph_kd._forward_pass import training_norms
+from graph_kd._hooks import FeatureHooks, named_modules, unwrap
 from graph_kd._select import Select
 
 __all__ = ["assert_feature_hooks"]
@@ -103,9 +104,9 @@ def assert_feature_hooks(
                 )
         ours.check_batch_axis(sample, size)
         theirs.check_batch_axis(sample, size)
-    for name in training_batch_norms(theirs.hooks):
+    for name in training_norms(teacher_features):
         raise AssertionError(
-            f"Teacher: its batch norm {name!r} is in training mode, so its features depend on the "
+            f"Teacher: its norm {name!r} is in training mode, so its features depend on the "
             "batch and its running statistics move. Call `teacher.eval()` first."
         )
 
@@ -120,6 +121,7 @@ class _Side:
         self.select, self.axis = select, axis
         self.where = f"{role}, layers {list(layers)}"
         self.argument = f"{role.lower()}_select"
+        self.channels: dict[str, Channels] = {}
         with _assertions(self.where):
             unwrap(model)
 
@@ -128,7 +130,8 @@ class _Side:
         attached = _hook_count(self.model)
         with _assertions(self.where, self.role):
             self.hooks = FeatureHooks(self.model, self.layers, select=self.select)
-            with self.hooks:
+            modules = named_modules(unwrap(self.model))
+            with self.hooks, watch_channels(modules, self.layers) as self.channels:
                 _call(self.model, sample)
                 features = self.hooks.features
         if _hook_count(self.model) != attached:
@@ -160,14 +163,13 @@ class _Side:
         select = self.select
         if isinstance(select, list | tuple):
             select = select[list(self.layers).index(layer)]
-        modules = named_modules(unwrap(self.model))
-        found = find_channels(modules, layer, feature, axis, as_given=not callable(select))
-        if found is not None:
-            module, count, there = found
+        found = None if callable(select) else self.channels.get(layer)
+        if found is not None and found.shape == shape and found.axis != axis:
             raise AssertionError(
                 f"{where} gave shape {shape}: axis {axis}, where the loss looks for the channels, "
-                f"has {shape[axis]} entries, but {type(module).__name__} gives {count} channels, "
-                f"on axis {there}. {self.fix(feature, there)}"
+                f"has {shape[axis]} entries, but {type(found.module).__name__} gives "
+                f"{shape[found.axis]} channels, on axis {found.axis}. "
+                f"{self.fix(feature, found.axis)}"
             )
 
     def check_batch_axis(self, sample: Any, size: int) -> None:
@@ -250,7 +252,8 @@ def _batch_size(sample: Any) -> int:
             "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds "
             f"one; got {type(sample).__name__}."
         )
-    return len(tensors[0])
+    # Position ids and alike may come once for the whole batch.
+    return next((len(t) for t in tensors if t.ndim and len(t) > 1), len(tensors[0]))
 
 
 def _call(model: nn.Module, sample: Any) -> None:
@@ -277,8 +280,10 @@ def _one_more(sample: Any, size: int) -> Any:
 @contextmanager
 def _undisturbed(model: nn.Module, sample: Any) -> Iterator[None]:
     """Put buffers and random state back on leaving, when no gradient needs the buffers any more."""
-    before = [(module, dict(module._buffers)) for module in model.modules()]
-    content = [(b, b.clone()) for _, buffers in before for b in buffers.values() if b is not None]
+    # A scripted part can not take other buffers, so it needs none back.
+    plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    before = [(module, dict(module._buffers)) for module in plain]
+    content = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in _tensors(sample) if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.enable_grad():
         try:
