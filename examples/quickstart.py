@@ -99,10 +99,10 @@ class Digits(NamedTuple):
 class VGG(nn.Module):
     """Classify digits by three stages of 3×3 convolutions: 64, 16 and 4 positions."""
 
-    def __init__(self, convs_per_stage: int) -> None:
+    def __init__(self, convs_per_stage: int, channels: tuple[int, ...] = CHANNELS) -> None:
         super().__init__()
         self.stages, inputs = nn.Sequential(), 1
-        for width in CHANNELS:
+        for width in channels:
             stage = nn.Sequential() if inputs == 1 else nn.Sequential(nn.MaxPool2d(2))
             for _ in range(convs_per_stage):
                 stage.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
@@ -118,13 +118,13 @@ class VGG(nn.Module):
 
 
 def train_heads(
-    teacher: VGG, train: Digits, seed: int, config: Config, bar: Any
+    teacher: VGG, train: Digits, seed: int, config: Config, bar: Any, *, k: int = 1
 ) -> GraphTransferLoss:
     """Train the attention heads on the teacher, which gives the graphs; the student comes later."""
     torch.manual_seed(seed)
     squash = None if config.squash == "none" else config.squash
-    transfer = GraphTransferLoss(CHANNELS, config.num_heads, squash=squash)
-    optimizer, schedule = sgd(transfer, config.teacher_rate, config.head_steps)
+    transfer = GraphTransferLoss(CHANNELS, config.num_heads, squash=squash, k=k)
+    optimizer, schedule = sgd(transfer.parameters(), config.teacher_rate, config.head_steps)
     with FeatureHooks(teacher, SENSING_POINTS) as of_teacher:
         for images, _ in islice(batches(train, seed), config.head_steps):
             teacher(images)
@@ -149,7 +149,7 @@ def train_student(
     """Train a student; start, images, shifts, steps and optimizer are the same for every method."""
     torch.manual_seed(seed)
     student = VGG(convs_per_stage=1)
-    inner, schedule = sgd(student, config.student_rate, config.student_steps)
+    inner, schedule = sgd(student.parameters(), config.student_rate, config.student_steps)
     optimizer = GatedGradClip(inner, bound=config.bound)
     of_student, of_teacher = (FeatureHooks(m, SENSING_POINTS) for m in (student, teacher))
     steps = zip(batches(few, seed), batches(train, seed), range(config.student_steps), strict=False)
@@ -178,7 +178,7 @@ def train_teacher(train: Digits, seed: int, config: Config, bar: Any) -> VGG:
     """Train a teacher on all training images and freeze it."""
     torch.manual_seed(seed)
     teacher = VGG(convs_per_stage=2)
-    optimizer, schedule = sgd(teacher, config.teacher_rate, config.teacher_steps)
+    optimizer, schedule = sgd(teacher.parameters(), config.teacher_rate, config.teacher_steps)
     for images, labels in islice(batches(train, seed), config.teacher_steps):
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(teacher(images), labels))
@@ -188,11 +188,9 @@ def train_teacher(train: Digits, seed: int, config: Config, bar: Any) -> VGG:
     return teacher.eval().requires_grad_(False)
 
 
-def sgd(module: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
+def sgd(params: Any, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
     """Return Nesterov SGD, and a rate that rises for a tenth of the steps and falls as a cosine."""
-    optimizer = torch.optim.SGD(
-        module.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(params, rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     def factor(step: int) -> float:
         return min(1, (step + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2

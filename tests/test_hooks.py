@@ -1,7 +1,9 @@
 """FeatureHooks: what it collects, from which models, and what it refuses."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from graph_kd import FeatureHooks
-from graph_kd._hooks import unwrap
+from graph_kd._hooks import check_estimator_fresh, check_fresh, training_batch_norms, unwrap
 
 
 class Net(nn.Module):
@@ -460,3 +462,287 @@ def test_wrappers_inside_wrappers_are_seen_through(net, outermost):
     for seed in (1, 2):
         model(batch(seed))
         assert_features(hooks, by_hand(net, batch(seed)))
+
+
+# Stale features: a stand-in for the loss checks them as the loss does.
+
+
+def use(student, teacher):
+    check_fresh(student, teacher)
+    return list(student), list(teacher)
+
+
+def hooked(width=6):
+    net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width))
+    return net, FeatureHooks(net, ["1", "2"])
+
+
+def rounded_copy(net):
+    return copy.deepcopy(net).half().float()
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "half": rounded_copy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "trace": lambda net: torch.jit.trace(net, batch()),
+    "frozen trace": lambda net: torch.jit.freeze(torch.jit.trace(net.eval(), batch())),
+}
+copies = pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+READS = {"features": lambda hooks: hooks.features, "hooks": lambda hooks: hooks}
+reads = pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+# torch.jit announces its end, from inside torch.
+traced = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+@traced
+@copies
+@reads
+def test_a_second_step_on_a_teacher_whose_copy_runs_is_refused(make, read):
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    teacher(batch(0))
+    twin = make(teacher)
+    student(batch(0))
+    twin(batch(0))
+    use(read(of_student), read(of_teacher))
+    student(batch(1))
+    twin(batch(1))
+    message = (
+        r"teacher's features \(layers \['1', '2'\]\) were used before.*did not run.*copy of it"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        use(read(of_student), read(of_teacher))
+    teacher(batch(1))
+    use(read(of_student), read(of_teacher))
+
+
+@traced
+@copies
+@reads
+def test_a_second_step_on_a_student_whose_copy_runs_is_refused(make, read):
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    student(batch(0))
+    twin = make(student)
+    for seed in (0, 1):
+        twin(batch(seed))
+        teacher(batch(seed))
+        if seed == 0:
+            use(read(of_student), read(of_teacher))
+    with pytest.raises(RuntimeError, match=r"student's features .*hooks on the model that runs"):
+        use(read(of_student), read(of_teacher))
+    student(batch(1))
+    use(read(of_student), read(of_teacher))
+
+
+@reads
+@pytest.mark.parametrize("kind", [list, tuple, lambda features: dict(enumerate(features))])
+def test_a_stale_teacher_is_refused_beside_a_student_without_hooks(read, kind):
+    teacher, of_teacher = hooked()
+    teacher(batch())
+    first, second = ([torch.randn(3, 6)] * 2 for _ in range(2))
+    use(kind(first), read(of_teacher))
+    use(kind(first), read(of_teacher))
+    with pytest.raises(RuntimeError, match=r"teacher's features"):
+        use(kind(second), read(of_teacher))
+
+
+def test_a_student_that_is_freed_counts_as_another():
+    teacher, of_teacher = hooked()
+    teacher(batch())
+    use([torch.randn(3, 6)], of_teacher)
+    with pytest.raises(RuntimeError, match=r"teacher's features"):
+        use([torch.randn(3, 6)], of_teacher)
+
+
+@reads
+def test_one_pass_serves_several_losses_of_a_step(read):
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    for seed in range(3):
+        student(batch(seed))
+        teacher(batch(seed))
+        for _ in range(3):
+            use(read(of_student), read(of_teacher))
+            check_estimator_fresh(read(of_teacher))
+
+
+@reads
+def test_two_students_share_a_teacher_and_two_teachers_a_student(read):
+    pairs = [hooked() for _ in range(4)]
+    for seed in range(3):
+        for net, _ in pairs:
+            net(batch(seed))
+        for _, of_student in pairs[:2]:
+            for _, of_teacher in pairs[2:]:
+                use(read(of_student), read(of_teacher))
+
+
+@reads
+def test_two_sets_of_layers_of_one_model_do_not_count_as_steps(read):
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    more_of_student, more_of_teacher = FeatureHooks(student, ["0"]), FeatureHooks(teacher, ["0"])
+    for seed in range(3):
+        student(batch(seed))
+        teacher(batch(seed))
+        for ours in (of_student, more_of_student):
+            for theirs in (of_teacher, more_of_teacher):
+                use(read(ours), read(theirs))
+
+
+def test_hooks_placed_anew_for_each_step_are_the_same_source():
+    student, (teacher, of_teacher) = Net(), hooked()
+    teacher(batch())
+    for seed in (0, 1):
+        with FeatureHooks(student, LAYERS) as of_student:
+            student(batch(seed))
+            if seed == 0:
+                use(of_student.features, of_teacher.features)
+    with pytest.raises(RuntimeError, match=r"teacher's features"):
+        use(of_student.features, of_teacher.features)
+
+
+def test_a_list_that_is_kept_may_serve_every_step():
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    teacher(batch())
+    kept = of_teacher.features
+    for seed in range(3):
+        student(batch(seed))
+        use(of_student.features, kept)
+    student(batch())
+    with pytest.raises(RuntimeError, match=r"read `features` once and pass that list each time"):
+        use(of_student.features, of_teacher.features)
+    student(batch())
+    kept = of_student.features
+    for seed in range(3):
+        teacher(batch(seed))
+        use(kept, of_teacher.features)
+
+
+def test_features_without_hooks_are_not_checked():
+    student, teacher = [torch.randn(3, 6)], [torch.randn(3, 6)]
+    net, hooks = hooked()
+    net(batch())
+    for _ in range(2):
+        use([torch.randn(3, 6)], teacher)
+        use(hooks.features, [torch.randn(3, 6)])
+        use(hooks.features[:1], hooks.features[1:])
+        use([], hooks.features)
+        use([None], hooks.features)
+        check_estimator_fresh(student)
+
+
+@pytest.mark.parametrize("name", ["deepcopy", "average", "half"])
+@reads
+def test_heads_train_on_one_pass_again_but_not_while_a_copy_runs(name, read):
+    teacher, hooks = hooked()
+    teacher(batch())
+    twin = COPIES[name](teacher)
+    kept = hooks.features
+    check_estimator_fresh(kept)
+    for _ in range(2):
+        check_estimator_fresh(read(hooks))  # one batch, again and again
+    twin(batch(1))
+    with pytest.raises(RuntimeError, match=r"before, for the attention heads: .*a copy of it"):
+        check_estimator_fresh(read(hooks))
+    check_estimator_fresh(kept)
+    teacher(batch(1))
+    check_estimator_fresh(read(hooks))
+
+
+def test_checks_keep_no_features_alive_and_make_no_cycles():
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    student(batch(0))
+    teacher(batch(0))
+    use(of_student.features, of_teacher.features)
+    check_estimator_fresh(of_teacher.features)
+    watched = [weakref.ref(f) for hooks in (of_student, of_teacher) for f in hooks.features]
+    watched += [weakref.ref(of_student.features.forward_pass)]
+    gc.disable()
+    try:
+        student(batch(1))
+        assert [ref() is None for ref in watched] == [True, True, False, False, True]
+        teacher(batch(1))
+        assert all(ref() is None for ref in watched)
+    finally:
+        gc.enable()
+
+
+def test_features_are_a_list_in_every_way():
+    net, hooks = hooked()
+    with torch.no_grad():
+        net(batch())
+    features, plain = hooks.features, list(hooks)
+    assert isinstance(features, list)
+    assert len(features) == 2
+    assert features == plain
+    assert plain == features
+    assert repr(features) == repr(plain)
+    assert features[-1] is plain[1]
+    leaves, _ = torch.utils._pytree.tree_flatten([features])
+    assert all(a is b for a, b in zip(leaves, plain, strict=True))
+    alike = [
+        features[:],
+        features + plain[:0],
+        plain[:0] + features,
+        features * 1,
+        features.copy(),
+        copy.copy(features),
+        copy.deepcopy(features),
+        pickle.loads(pickle.dumps(features)),
+        torch.utils._pytree.tree_map(lambda x: x, features),
+    ]
+    for other in alike:
+        assert type(other) is list
+        torch.testing.assert_close(other, plain)
+    features.append(plain[0])
+    assert len(features) == 3
+    assert len(hooks.features) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_code_takes_features_and_is_not_checked():
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(student, teacher):
+        check_fresh(student, teacher)
+        check_estimator_fresh(teacher)
+        return sum(s.sum() * t.sum() for s, t in zip(student, teacher, strict=True))
+
+    teacher(batch())
+    for seed in (0, 1):
+        student(batch(seed))
+        got = compiled(of_student.features, of_teacher.features)
+        pairs = zip(of_student, of_teacher, strict=True)
+        torch.testing.assert_close(got, sum(s.sum() * t.sum() for s, t in pairs))
+
+
+# Batch norms in training mode.
+
+
+def test_batch_norms_in_training_mode_are_named():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.InstanceNorm2d(4),
+        nn.SyncBatchNorm(4),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.LazyBatchNorm1d(),
+    ).eval()
+    net(torch.randn(2, 3, 2, 2))
+    hooks = FeatureHooks(net, ["0"])
+    assert training_batch_norms(hooks) == []
+    net(torch.randn(2, 3, 2, 2))
+    features = hooks.features
+    net[1].train()
+    assert training_batch_norms(hooks) == training_batch_norms(features) == ["1.0"]
+    net.train()
+    assert training_batch_norms(features) == ["1.0", "4", "7"]
+    assert training_batch_norms(list(features)) == []
+    assert training_batch_norms(features[:1]) == []
+    assert training_batch_norms({"0": features[0]}) == []
+    net.eval()
+    assert training_batch_norms(features) == []

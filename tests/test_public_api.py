@@ -25,8 +25,17 @@ ALLOWED = {
     "_heads": {"_checks"},
     "_estimator": {"_heads"},
     "_grad_clip": {"_checks", "_distributed", "_gate"},
-    "_hooks": {"_checks"},
-    "_transfer": {"_checks", "_distributed", "_estimator", "_features", "_heads", "_svd"},
+    "_forward_pass": set(),
+    "_hooks": {"_forward_pass"},
+    "_transfer": {
+        "_checks",
+        "_distributed",
+        "_estimator",
+        "_features",
+        "_heads",
+        "_hooks",
+        "_svd",
+    },
     "testing": {"_features", "_hooks"},
 }
 

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["FeatureHooks"]
+from graph_kd._forward_pass import ForwardPass, HookedFeatures, record_estimator_use, record_use
+
+__all__ = ["FeatureHooks", "check_estimator_fresh", "check_fresh", "training_batch_norms"]
 
 
 class FeatureHooks:
@@ -59,10 +63,16 @@ class FeatureHooks:
                 raise ValueError(_unknown(name, list(modules)))
             if self.layers.count(name) > 1:
                 raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
-        self._outputs: dict[str, list[Any]] = {name: [] for name in self.layers}
-        self._handles = [plain.register_forward_pre_hook(_Begin(plain, self._outputs))]
+        self._source = (id(plain), self.layers)
+        self._batch_norms: tuple[tuple[str, nn.Module], ...] = tuple(
+            (name, module)
+            for name, module in modules.items()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        )
+        self._kept = _Kept(self.layers)
+        self._handles = [plain.register_forward_pre_hook(_Begin(plain, self._kept))]
         self._handles += [
-            modules[name].register_forward_hook(_Keep(modules[name], self._outputs[name]))
+            modules[name].register_forward_hook(_Keep(modules[name], self._kept.outputs[name]))
             for name in self.layers
         ]
 
@@ -70,21 +80,30 @@ class FeatureHooks:
     def features(self) -> list[Any]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`.
+        They stay readable after `remove`. The list knows which pass it came from. So the losses
+        notice when the hooked model no longer runs: a list read anew for a second step, without a
+        new forward pass, raises there. A list that is kept in a variable may be used again.
         """
-        for name, outputs in self._outputs.items():
-            if not outputs:
+        outputs = self._kept.outputs
+        for name, kept in outputs.items():
+            if not kept:
                 raise RuntimeError(
                     f"Layer {name!r} did not run in the last forward pass. Call the model itself "
                     "before reading `features`, and name layers that its forward uses."
                 )
-            if len(outputs) > 1:
+            if len(kept) > 1:
                 raise RuntimeError(
-                    f"Layer {name!r} ran {len(outputs)} times in the last forward pass; a sensing "
+                    f"Layer {name!r} ran {len(kept)} times in the last forward pass; a sensing "
                     "point must run once. Give each use a module of its own, and call the model "
                     "itself, which marks the beginning of a pass."
                 )
-        return [outputs[0] for outputs in self._outputs.values()]
+        features = [kept[0] for kept in outputs.values()]
+        if torch.compiler.is_compiling():
+            return features
+        if self._kept.record is None:
+            self._kept.record = ForwardPass(self._source, self._batch_norms)
+        self._kept.record.copy_ran = self._kept.copy_ran
+        return HookedFeatures(features, self._kept.record)
 
     def remove(self) -> None:
         """Detach everything from the model; calling it twice does no harm."""
@@ -113,11 +132,63 @@ class FeatureHooks:
         return f"FeatureHooks(layers={list(self.layers)})"
 
 
+def check_fresh(student: Any, teacher: Any) -> None:
+    """Raise if hooked features serve a second training step without a new forward pass.
+
+    Both arguments are as the user gave them: hooks, which are read anew, a list read from hooks, or
+    anything else, which is not checked. A list from hooks may be used again as long as it is the
+    same object.
+
+    Raises:
+        RuntimeError: features of one forward pass were read twice, for different steps.
+    """
+    if not torch.compiler.is_compiling():
+        record_use(_read(student), _read(teacher))
+
+
+def check_estimator_fresh(teacher: Any) -> None:
+    """Raise if attention heads train on one pass twice while a copy of the hooked model ran.
+
+    Raises:
+        RuntimeError: features of one forward pass were read twice, and a copy ran since.
+    """
+    if not torch.compiler.is_compiling():
+        record_estimator_use(_read(teacher))
+
+
+def training_batch_norms(features: Any) -> list[str]:
+    """Name the batch norms of the hooked model that are in training mode, now.
+
+    They are collected when the hooks are placed; their mode is looked up in this call, so call it
+    right after the forward pass. Features that no hooks gave have none.
+    """
+    if isinstance(features, FeatureHooks):
+        batch_norms = features._batch_norms
+    elif isinstance(features, HookedFeatures):
+        batch_norms = features.forward_pass.batch_norms
+    else:
+        return []
+    return [name for name, module in batch_norms if module.training]
+
+
+def _read(features: Any) -> Any:
+    return features.features if isinstance(features, FeatureHooks) else features
+
+
+class _Kept:
+    """What one forward pass left. Compiled code only clears and sets it, and reads nothing."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self.outputs: dict[str, list[Any]] = {name: [] for name in layers}
+        self.record: ForwardPass | None = None  # made when the features are read
+        self.copy_ran = False
+
+
 class _Hook:
     """A hook on one module. A copy of the model keeps it, as the same object, and it stays idle."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: nn.Module | None = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return self
@@ -129,14 +200,18 @@ class _Hook:
 class _Begin(_Hook):
     """Forget the outputs of the pass before."""
 
-    def __init__(self, module: nn.Module, outputs: dict[str, list[Any]]) -> None:
+    def __init__(self, module: nn.Module, kept: _Kept) -> None:
         super().__init__(module)
-        self.outputs = outputs
+        self.kept = kept
 
     def __call__(self, module: nn.Module, _inputs: Any) -> None:
         if module is self.module:
-            for kept in self.outputs.values():
-                kept.clear()
+            for outputs in self.kept.outputs.values():
+                outputs.clear()
+            self.kept.record = None
+            self.kept.copy_ran = False
+        elif self.module is not None:  # a pickle has neither
+            self.kept.copy_ran = True
 
 
 class _Keep(_Hook):

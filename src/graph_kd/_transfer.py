@@ -7,6 +7,7 @@ width, ``i`` graph row (back-end sample), ``j`` graph column (front-end sample).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
@@ -26,6 +27,7 @@ from graph_kd._distributed import (
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
 from graph_kd._heads import AttentionHeads
+from graph_kd._hooks import check_estimator_fresh, check_fresh, training_batch_norms
 from graph_kd._svd import align_singular_vectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
@@ -100,7 +102,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
+    Features read from `FeatureHooks` must come from a new forward pass in each step. A teacher whose
+    batch norms are in training mode is warned of, once, if its features come from hooks.
+
     Raises:
+        RuntimeError: features of an earlier step were read from hooks again.
         TypeError: features are no sequence of floating-point tensors, or of a precision higher
             than the heads'.
         ValueError: their count, channels, batch, or device does not fit, or they hold NaN. The
@@ -166,6 +172,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 )
             )
         self._point_names: tuple[Any, ...] | None = None
+        self._warned_of_training = False
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
         """Return L_MHAN summed over pairs; it trains the attention heads on the teacher.
@@ -173,6 +180,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
         a row, which say little of the data (`graphs` shows them).
         """
+        check_estimator_fresh(teacher_features)
+        self._warn_of_training(teacher_features)
         maps = self._read("teacher_features", teacher_features, self.teacher_layout)
         check_equal_batches(len(maps[0]), maps[0].device, self.process_group)
         with torch.no_grad():
@@ -194,6 +203,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
         """Return L_transfer; it trains the student, and its own heads if it has any."""
+        check_fresh(student_features, teacher_features)
+        self._warn_of_training(teacher_features)
         self._remember_order(teacher_features)
         student = self._read("student_features", student_features, self.student_layout)
         teacher = self._read(
@@ -375,6 +386,19 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     @property
     def _estimators(self) -> list[MultiHeadGraphEstimator]:
         return cast(list[MultiHeadGraphEstimator], list(self.estimators))
+
+    def _warn_of_training(self, teacher_features: Any) -> None:
+        """Warn once if the teacher's batch norms use, and move, statistics of the batch."""
+        if self._warned_of_training or torch.compiler.is_compiling():
+            return
+        if names := training_batch_norms(teacher_features):
+            self._warned_of_training = True
+            warnings.warn(
+                f"The teacher's batch norm {names[0]!r} is in training mode, as {len(names) - 1} "
+                "others are: its graphs depend on the batch and its statistics move. Call "
+                "`teacher.eval()`, after `train()` of a module that holds it.",
+                stacklevel=3,
+            )
 
     def _remember_order(self, features: Any) -> None:
         """Let the first mapping set the order of the sensing points' names."""
