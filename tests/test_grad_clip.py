@@ -6,6 +6,7 @@ Losses here are linear, Σ p · g: their gradients are the ones the test chose.
 import copy
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from strategies import seeds
 from torch.utils.checkpoint import checkpoint
 
 from graph_kd import GatedGradClip
+from graph_kd._autograd import find_leaves
 from graph_kd._gate import gate_factors, merge_gradients
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
@@ -356,19 +358,333 @@ def test_parameters_reached_by_one_loss_or_by_neither(route):
     transfer = [None, transfer_only, 10 * both, None]
     gradients, factors = route(task, transfer, "norm", scope="parameter", bound=1.0)
     assert torch.equal(gradients[0], task_only)
-    assert torch.equal(gradients[1], torch.zeros(2))  # the task's norm is zero there
+    assert torch.equal(gradients[1], transfer_only)  # shorter than the whole task gradient
     torch.testing.assert_close(gradients[2], 2 * both)
     assert gradients[3] is None
-    assert factors == pytest.approx([0.0, 0.1])
+    assert factors == pytest.approx([1.0, 0.1])
 
 
 @routes
-@pytest.mark.parametrize(("scope", "factor"), [("parameter", 0.0), ("global", 0.5)])
-def test_losses_that_reach_no_parameter_in_common(route, scope, factor):
+@scopes
+def test_losses_that_reach_no_parameter_in_common(route, scope):
     task, transfer = [torch.tensor([3.0]), None], [None, torch.tensor([6.0])]
     gradients, factors = route(task, transfer, "norm", scope=scope, bound=1.0)
-    assert factors == [factor]
-    assert [g.item() for g in gradients] == [3.0, 6.0 * factor]
+    assert factors == [0.5]
+    assert [g.item() for g in gradients] == [3.0, 3.0]
+
+
+# Parameters that the transfer loss alone reaches: attention heads, a regressor.
+
+
+@routes
+@gates
+@given(pair=gradient_pairs(), alone=st.sets(st.integers(0, 3), min_size=1, max_size=3))
+def test_a_parameter_without_a_task_gradient_is_gated_by_the_norm_of_all_of_it(
+    route, gate, pair, alone
+):
+    task = [None if n in alone else g for n, g in enumerate(pair[0])]
+    transfer = pair[1]
+    whole = torch.tensor(norm_of([g for g in task if g is not None]), dtype=torch.float64)
+    norms = [whole if g is None else g.norm() for g in task]
+    wanted = gate_factors(
+        torch.stack(norms), torch.stack([d.norm() for d in transfer]), gate, bound=0.7
+    )
+    gradients, factors = route(task, transfer, gate, scope="parameter", bound=0.7)
+    assert factors == pytest.approx(wanted.tolist(), rel=1e-12)
+    for n in alone:
+        assert gradients[n].any()
+        torch.testing.assert_close(gradients[n], wanted[n] * transfer[n], rtol=1e-12, atol=0)
+        if gate == "norm":
+            assert gradients[n].norm() <= 0.7 * whole * (1 + 1e-12)
+
+
+def test_a_task_gradient_counts_in_the_whole_where_the_transfer_loss_does_not_reach():
+    task, transfer = [torch.tensor([3.0]), torch.tensor([4.0]), None], [None, None, torch.ones(1)]
+    _, factors = through_wrapper(
+        task, [None, None, 10 * transfer[2]], "norm", scope="parameter", bound=1.0
+    )
+    assert factors == [0.5]
+
+
+def heads_case(gate="norm", **settings):
+    """Return a body with a task gradient of norm 3, heads with a transfer gradient of norm 6."""
+    body, heads = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = GatedGradClip(torch.optim.SGD([body, heads], lr=0.1), gate, **settings)
+
+    def backward():
+        optimizer.backward(3 * body[0], 6 * heads.sum())
+
+    return body, heads, optimizer, backward
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_cleared_to_zero_is_no_task_gradient(set_to_none):
+    _, heads, optimizer, backward = heads_case()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        backward()
+        assert optimizer.gates == [0.5]
+        assert heads.grad.item() == 3.0
+
+
+def test_a_task_gradient_of_zero_closes_the_gate_of_its_parameter_alone():
+    body, heads, optimizer, _ = heads_case()
+    optimizer.backward(3 * body[0] + 0 * heads.sum(), 6 * heads.sum())
+    assert optimizer.gates == [0.0]
+    optimizer.backward(3 * body[0], 6 * heads.sum())  # accumulated: the task has reached it
+    assert optimizer.gates == [0.0]
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.backward(3 * body[0], 6 * heads.sum())
+    assert optimizer.gates == [0.5]
+
+
+def test_a_gradient_that_stood_there_is_the_task_gradient_of_its_parameter():
+    _, heads, optimizer, backward = heads_case()
+    heads.grad = torch.tensor([1.5])
+    backward()
+    assert optimizer.gates == [0.25]
+    assert heads.grad.item() == 3.0
+
+
+def test_sums_of_transfer_only_parameters_are_gated_by_the_whole_sum():
+    _, heads, optimizer, backward = heads_case(bound=0.5)
+    for call in (1, 2, 3):
+        backward()
+        assert heads.grad.item() == pytest.approx(1.5 * call)
+        assert optimizer.gates == [0.25]
+
+
+def test_a_callable_gate_gets_the_whole_task_norm_of_a_transfer_only_parameter():
+    seen = []
+    _, _, _, backward = heads_case(lambda *norms: seen.append([n.item() for n in norms]) or 1.0)
+    backward()
+    assert seen == [[3.0, 6.0]]
+
+
+def test_without_a_task_gradient_anywhere_the_gate_is_closed():
+    body, heads, optimizer, _ = heads_case()
+    optimizer.backward(0 * body[0], 6 * heads.sum())
+    assert optimizer.gates == [0.0]
+
+
+# Tensors that the optimizer does not hold.
+
+
+class Pair:
+    """A trained parameter at 0, and one of another optimizer or of none."""
+
+    def __init__(self, gate="norm", scope="parameter", dtype=torch.float32):
+        self.held = torch.zeros(2, requires_grad=True, dtype=dtype)
+        self.other = torch.zeros(1, requires_grad=True, dtype=dtype)
+        self.optimizer = GatedGradClip(torch.optim.SGD([self.held], lr=0.1), gate, scope=scope)
+
+    def backward(self, task, transfer):
+        params = [self.held, self.other]
+        losses = [linear(params, g) if g is not None else None for g in (task, transfer)]
+        self.optimizer.backward(*losses)
+
+
+ONE, TWO = torch.tensor([1.0, 0.0]), torch.tensor([2.0])
+
+
+@scopes
+@gates
+@pytest.mark.parametrize(
+    ("task", "transfer"),
+    [
+        ([ONE, TWO], [4 * ONE, 4 * TWO]),
+        ([ONE, TWO], [4 * ONE, None]),
+        ([ONE, None], [4 * ONE, 4 * TWO]),
+        ([ONE, None], [4 * ONE, None]),
+        ([ONE, TWO], None),
+    ],
+    ids=["both", "task", "transfer", "neither", "no transfer loss"],
+)
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_leaf_outside_the_optimizer_is_gated_as_one_inside(gate, scope, task, transfer, calls):
+    outside, inside = Pair(gate, scope), Pair(gate, scope)
+    inside.optimizer.add_param_group({"params": [inside.other]})
+    for _ in range(calls):
+        for pair in (outside, inside):
+            pair.backward(task, transfer)
+        assert outside.optimizer.gates == inside.optimizer.gates
+        assert torch.equal(outside.held.grad, inside.held.grad)
+        if task[1] is None and (transfer is None or transfer[1] is None):
+            assert outside.other.grad is inside.other.grad is None
+        else:
+            assert torch.equal(outside.other.grad, inside.other.grad)
+
+
+@scopes
+def test_a_leaf_outside_may_appear_in_a_later_call_and_be_missing_in_the_next(scope):
+    outside, inside = Pair(scope=scope), Pair(scope=scope)
+    inside.optimizer.add_param_group({"params": [inside.other]})
+    for task, transfer in (([ONE, None], [ONE, None]), ([ONE, TWO], [ONE, 9 * TWO])) * 2:
+        for pair in (outside, inside):
+            pair.backward(task, transfer)
+        assert outside.optimizer.gates == inside.optimizer.gates
+    assert torch.equal(outside.other.grad, inside.other.grad)
+
+
+def test_zero_grad_leaves_other_leaves_to_their_own_optimizer():
+    pair = Pair()
+    for call in (1, 2):
+        pair.optimizer.zero_grad()
+        assert pair.held.grad is None
+        pair.backward([ONE, TWO], [ONE, TWO])
+        assert pair.other.grad.item() == 4.0 * call  # as `.backward()` would accumulate
+    pair.other.grad = None
+    pair.optimizer.zero_grad()
+    pair.backward([ONE, TWO], [ONE, TWO])
+    assert pair.other.grad.item() == 4.0
+
+
+@scopes
+def test_a_leaf_of_an_earlier_step_takes_no_part_in_a_later_one(scope):
+    pair = Pair(scope=scope)
+    pair.backward([ONE, 100 * TWO], [ONE, TWO])
+    stays = pair.other.grad.clone()
+    pair.optimizer.zero_grad()
+    pair.backward([ONE, None], [4 * ONE, None])
+    assert pair.optimizer.gates == [0.25]
+    assert torch.equal(pair.other.grad, stays)
+
+
+def test_two_optimizers_train_body_and_head():
+    torch.manual_seed(0)
+    body, head = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+    start = copy.deepcopy((body, head))
+    optimizer = GatedGradClip(torch.optim.SGD(body.parameters(), lr=0.1))
+    others = torch.optim.SGD(head.parameters(), lr=0.1)
+    joint_body, joint_head = start
+    joint = GatedGradClip(
+        torch.optim.SGD([*joint_body.parameters(), *joint_head.parameters()], lr=0.1)
+    )
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        for net, top, trainer in ((body, head, optimizer), (joint_body, joint_head, joint)):
+            features = net(x)
+            trainer.zero_grad()
+            others.zero_grad()
+            trainer.backward(top(features).square().mean(), features.sin().sum())
+            trainer.step()
+            others.step()
+    for ours, theirs in zip(
+        (*body.parameters(), *head.parameters()), joint.param_groups[0]["params"], strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_inputs_that_require_gradient_get_it_and_are_not_kept():
+    param, inner = one_parameter()
+    optimizer = GatedGradClip(inner)
+    x = torch.tensor([3.0, 4.0], requires_grad=True)
+    optimizer.backward((param * x).sum(), (param * x).sum())
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+
+
+def test_leaves_frozen_after_the_forward_pass_get_no_gradient():
+    pair = Pair()
+    task, transfer = (linear([pair.held, pair.other], [ONE, TWO]) for _ in range(2))
+    pair.other.requires_grad_(False)
+    pair.optimizer.backward(task, transfer)
+    assert pair.other.grad is None
+    assert torch.equal(pair.held.grad, 2 * ONE)
+
+
+def test_a_leaf_outside_may_be_a_loss_itself():
+    param, inner = one_parameter()
+    optimizer = GatedGradClip(inner)
+    with pytest.raises(ValueError, match="`transfer_loss` must depend on the optimizer's param"):
+        optimizer.backward(param.sum(), torch.zeros((), requires_grad=True))
+
+
+def test_leaves_are_found_once_each_in_deep_and_in_branching_graphs():
+    leaves = [torch.zeros(1, requires_grad=True) for _ in range(3)]
+    x = leaves[0]
+    for _ in range(5000):  # deeper than Python's recursion limit
+        x = x + leaves[1] * x
+    found = find_leaves((x * leaves[2]).sum(), x.sum())
+    assert len(found) == 3
+    assert set(found) == set(leaves)
+
+
+def test_rejects_sparse_gradients_outside_the_optimizer():
+    words, body = torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(2, 1)
+    optimizer = GatedGradClip(torch.optim.SGD(body.parameters(), lr=0.1))
+    output = body(words(torch.tensor([0, 3])))
+    with pytest.raises(ValueError, match="dense gradients; a tensor outside the optimizer of sh"):
+        optimizer.backward(output.sum(), output.square().sum())
+
+
+# A step on the task alone.
+
+
+@scopes
+@gates
+def test_without_a_transfer_loss_the_step_is_the_plain_one(gate, scope):
+    pair = Pair(gate, scope)
+    pair.backward([ONE, TWO], None)
+    assert torch.equal(pair.held.grad, ONE)
+    assert torch.equal(pair.other.grad, TWO)
+    assert pair.optimizer.gates == []
+    assert pair.optimizer.skipped == 0
+
+
+def test_without_a_transfer_loss_the_graph_is_freed():
+    param, inner = one_parameter()
+    task = param.square().sum()
+    GatedGradClip(inner).backward(task)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        task.backward()
+
+
+@scopes
+@pytest.mark.parametrize("without", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_micro_batches_with_and_without_a_transfer_loss_may_mix(scope, without):
+    mixed, summed = Pair(scope=scope), Pair(scope=scope)
+    for call in range(3):
+        mixed.backward([ONE, TWO], None if call in without else [5 * ONE, 7 * TWO])
+    calls = 3 - len(without)
+    summed.backward([3 * ONE, 3 * TWO], [5 * calls * ONE, 7 * calls * TWO])
+    assert mixed.optimizer.gates == pytest.approx(summed.optimizer.gates)
+    torch.testing.assert_close(mixed.held.grad, summed.held.grad)
+    torch.testing.assert_close(mixed.other.grad, summed.other.grad)
+
+
+def test_gates_are_those_of_the_last_step():
+    pair = Pair()
+    pair.backward([ONE, TWO], [4 * ONE, 4 * TWO])
+    assert pair.optimizer.gates == [0.25, 0.25]
+    pair.optimizer.zero_grad()
+    pair.other.grad = None
+    pair.backward([ONE, TWO], None)
+    assert pair.optimizer.gates == []
+
+
+def test_steps_on_the_task_alone_do_not_count_towards_a_larger_scale(monkeypatch):
+    monkeypatch.setattr("graph_kd._grad_clip.SCALE_GROWTH_INTERVAL", 3)
+    params, optimizer, task, good, broken = skip_case(math.inf)
+    scales = []
+    for transfer in (broken, good, None, None, good, None, good):
+        optimizer.zero_grad()
+        optimizer.backward(
+            linear(params, task), None if transfer is None else linear(params, transfer)
+        )
+        scales.append(optimizer.state_dict().get("transfer_scale", 1.0))
+    assert scales == [0.5] * 6 + [1.0]
+    assert optimizer.skipped == 1
+
+
+def test_a_call_on_the_task_alone_after_an_overflow_counts_no_second_one():
+    params, optimizer, task, _, broken = skip_case(math.inf)
+    optimizer.backward(linear(params, task), linear(params, broken))
+    optimizer.backward(linear(params, task))
+    assert optimizer.skipped == 1
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(params, task, strict=True))
 
 
 def test_global_norms_count_parameters_that_only_one_loss_reaches():
@@ -422,6 +738,18 @@ def test_parameters_of_different_precision_live_in_one_optimizer(scope, dtypes):
     assert factors == pytest.approx([0.5] * len(factors))
     for merged, dtype in zip(gradients, dtypes, strict=True):
         assert torch.equal(merged, torch.tensor([6.0, 8.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("task_type", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transfer_type", [torch.bfloat16, torch.float16, torch.float32])
+@scopes
+def test_two_precisions_meet_in_the_higher_one(scope, task_type, transfer_type):
+    task = [torch.tensor([1.001, 2.003], dtype=task_type)]
+    transfer = [torch.tensor([0.5, 0.25], dtype=transfer_type)]
+    (merged,), factors, _ = merge_gradients(task, transfer, "norm", scope=scope, bound=1.0)
+    assert factors.dtype == torch.float32  # norms are those of the transfer gradient
+    assert merged.dtype == torch.promote_types(task_type, transfer_type)
+    assert torch.equal(merged, task[0] + transfer[0])
 
 
 def test_merged_gradients_are_new_tensors():
@@ -751,12 +1079,12 @@ def test_rejects_a_bound_that_is_no_number(bound):
     ("error", "bad", "message"),
     [
         (TypeError, lambda _p: 1.0, r"must be a tensor; got float"),
-        (TypeError, lambda _p: None, r"must be a tensor; got NoneType"),
+        (TypeError, lambda _p: [1.0], r"must be a tensor; got list"),
         (ValueError, lambda p: p * 2, r"must be a scalar; got shape \(2,\)"),
         (ValueError, lambda p: p.detach().sum(), r"must depend on the optimizer's parameters"),
         (ValueError, lambda _p: torch.ones(3, requires_grad=True).sum(), r"none of the 1 gets a"),
     ],
-    ids=["float", "none", "vector", "detached", "other parameters"],
+    ids=["float", "list", "vector", "detached", "other parameters"],
 )
 def test_rejects_losses_that_can_not_train_the_parameters(which, error, bad, message):
     param, inner = one_parameter()
@@ -766,6 +1094,12 @@ def test_rejects_losses_that_can_not_train_the_parameters(which, error, bad, mes
     with pytest.raises(error, match=rf"`{which}` .*{message}"):
         optimizer.backward(**losses)
     assert param.grad is None
+
+
+def test_rejects_no_task_loss():
+    param, inner = one_parameter()
+    with pytest.raises(TypeError, match="`task_loss` must be a tensor; got NoneType"):
+        GatedGradClip(inner).backward(None, param.sum())
 
 
 def test_accepts_a_loss_of_one_element():

@@ -12,6 +12,7 @@ import graph_kd
 
 SOURCE = Path(graph_kd.__file__).parent
 ALLOWED = {
+    "_autograd": set(),
     "_checks": set(),
     "_distributed": set(),  # what travels between processes serves the loss and the optimizer
     "_gate": set(),
@@ -24,7 +25,8 @@ ALLOWED = {
     "_svd": {"_checks", "_features", "_svd_exact", "_svd_fast"},
     "_heads": {"_checks"},
     "_estimator": {"_heads"},
-    "_grad_clip": {"_checks", "_distributed", "_gate"},
+    "_optimizer_state": {"_distributed", "_gate"},
+    "_grad_clip": {"_autograd", "_checks", "_distributed", "_gate", "_optimizer_state"},
     "_forward_pass": set(),
     "_hooks": {"_forward_pass"},
     "_transfer": {

@@ -5,6 +5,7 @@ A process group belongs to the processes that made it: copies of an object keep 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "HoldsProcessGroup",
     "average_over_processes",
     "check_equal_batches",
+    "check_equal_leaves",
     "check_process_group",
     "gather_rows",
 ]
@@ -44,6 +46,23 @@ def check_equal_batches(batch: int, device: torch.device, group: dist.ProcessGro
         raise ValueError(
             "Every process must hold the same number of samples; their batches have "
             f"{counts.tolist()}. Use a sampler that drops or repeats the last ones."
+        )
+
+
+def check_equal_leaves(
+    leaves: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup
+) -> None:
+    """Refuse tensors outside the optimizer that differ between processes, before they are sent."""
+    signature = zlib.crc32(repr([(tuple(p.shape), p.dtype) for p in leaves]).encode())
+    found = torch.zeros(2, group.size(), dtype=torch.int64, device=device)
+    found[:, group.rank()] = torch.tensor([len(leaves), signature], device=device)
+    dist.all_reduce(found, group=group)
+    counts, signatures = found.tolist()
+    if len(set(signatures)) > 1:
+        raise RuntimeError(
+            "The losses of every process must reach the same tensors outside the optimizer, in "
+            f"number, shape and dtype; the processes have {counts} of them. Hand them to the "
+            "optimizer, or let every process use all of them in every step."
         )
 
 

@@ -35,25 +35,39 @@ def merge_gradients(
     *,
     scope: Scope,
     bound: float,
+    task_reaches: Sequence[bool] | None = None,
 ) -> Merged:
     """Return task + factor · transfer as new tensors, None where both are None.
 
     ``factors`` holds one entry for each transfer gradient that is not None, or a single one for
-    scope "global"; they are zero, and ``finite`` is False, if a transfer norm or a factor is not.
+    scope "global", none without a transfer gradient; they are zero, and ``finite`` is False, if a
+    transfer norm or a factor is not.
+
+    ``task_reaches`` tells where the task gradient is one, by default wherever it is not None. Where
+    it is not, and is zero, the norm of all task gradients takes the place of its own.
     """
     reached = [n for n, gradient in enumerate(transfer) if gradient is not None]
+    if not reached:
+        return Merged([_blend(gradient, None, None) for gradient in task], torch.zeros(0), True)
+    if task_reaches is None:
+        task_reaches = [gradient is not None for gradient in task]
     transfer_norm = gradient_norms([transfer[n] for n in reached])
-    # Scope "global" means all of the task gradient, not only where the transfer loss reaches.
-    task_norm = gradient_norms(task if scope == "global" else [task[n] for n in reached])
-    task_norm = task_norm.to(transfer_norm)
+    task_norms = gradient_norms(task).to(transfer_norm)
+    whole = torch.linalg.vector_norm(task_norms)
     if scope == "global":
         transfer_norm = torch.linalg.vector_norm(transfer_norm, keepdim=True)
-        task_norm = torch.linalg.vector_norm(task_norm, keepdim=True)
+        task_norm = rearrange(whole, "-> 1")
+    else:
+        own = [(task_norms[n], task_reaches[n]) for n in reached]
+        # By `where`, not by a look at the norm, which would sync.
+        task_norm = torch.stack(
+            [norm if reaches else torch.where(norm > 0, norm, whole) for norm, reaches in own]
+        )
 
     finite, factors = bool(torch.isfinite(transfer_norm).all()), torch.zeros_like(transfer_norm)
     if finite:
         factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
-        # The named gates are finite then; to look would wait for the device once more.
+        # The named gates are finite then; to look would be one more sync.
         finite = not callable(gate) or bool(torch.isfinite(factors).all())
     if not finite:
         factors = torch.zeros_like(transfer_norm)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable
+from copy import copy
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from graph_kd._autograd import check_loss, check_plain_parameter, find_leaves, gradients_of
 from graph_kd._checks import check_choice, check_positive
 from graph_kd._distributed import (
-    HoldsProcessGroup,
     average_over_processes,
+    check_equal_leaves,
     check_process_group,
 )
 from graph_kd._gate import Gate, Scope, merge_gradients
+from graph_kd._optimizer_state import Left, OptimizerState, Shared
 
 __all__ = ["GatedGradClip"]
 
@@ -25,7 +28,7 @@ SCOPES = ("parameter", "global")
 LEAST_SCALE = 2.0**-24  # the smallest number above zero in float16
 
 
-class GatedGradClip(HoldsProcessGroup, Optimizer):
+class GatedGradClip(Optimizer):
     """Wrap an optimizer so that the transfer gradient never drowns the task's.
 
     `backward` takes both losses and leaves the merged gradient in every ``p.grad``; everything
@@ -101,18 +104,12 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         >>> optimizer.step()
     """
 
-    optimizer: Optimizer
-    gate: Gate
-    scope: Scope
-    bound: float
-    process_group: dist.ProcessGroup | None
-    skipped: int
-    _left: dict[Tensor, _Left]
-    _factors: Tensor | None
-    _skipping: bool
-    _graph_seen: bool
-    _scale: float
-    _steps_since_overflow: int
+    gate: Shared[Gate] = Shared()
+    scope: Shared[Scope] = Shared()
+    bound: Shared[float] = Shared()
+    process_group: Shared[dist.ProcessGroup | None] = Shared()
+    skipped: Shared[int] = Shared()
+    _shared: OptimizerState
 
     def __init__(
         self,
@@ -129,93 +126,137 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
             )
         check_choice("gate", gate, ("norm", "sigmoid"), or_callable=True)
         check_choice("scope", scope, SCOPES, or_callable=False)
-        self.__setstate__(
-            {
-                "optimizer": optimizer,
-                "gate": gate,
-                "scope": scope,
-                "bound": check_positive("bound", bound),
-                "process_group": check_process_group(process_group),
-                "skipped": 0,
-                "_scale": 1.0,
-                "_steps_since_overflow": 0,
-            }
-        )
-        self._trained_parameters()  # what can not be trained is told before the first step
+        bound = check_positive("bound", bound)
+        process_group = check_process_group(process_group)
+        _trained_parameters(optimizer)  # what can not be trained is told before the first step
+        self.__setstate__({"_shared": OptimizerState(optimizer, gate, scope, bound, process_group)})
 
-    def backward(self, task_loss: Tensor, transfer_loss: Tensor) -> None:
+    def backward(self, task_loss: Tensor, transfer_loss: Tensor | None = None) -> None:
         """Leave the merged gradient of the two scalar losses in every ``p.grad``.
 
         Called again before `zero_grad` it accumulates both gradients and gates the sums. A
         parameter that the transfer loss does not reach keeps its task gradient; one that neither
-        reaches keeps None.
+        reaches keeps None. Without a transfer loss it is a step on the task alone (warm-up, a batch
+        of one sample), merged with what was accumulated.
         """
-        self._check_processes()
-        check_choice("scope", self.scope, SCOPES, or_callable=False)  # may be set at any time
-        check_positive("bound", self.bound, or_zero=True)  # a schedule may begin there
-        params = self._trained_parameters()
+        shared = self._shared
+        group = shared.process_group
+        _check_processes(group)
+        check_choice("scope", shared.scope, SCOPES, or_callable=False)  # may be set at any time
+        check_positive("bound", shared.bound, or_zero=True)  # a schedule may begin there
+        params = _trained_parameters(shared.optimizer)
         if not params:
             raise ValueError("`optimizer` must hold a parameter that requires gradient; none does.")
-        if not self._graph_seen:
-            _refuse_reentrant(task_loss, transfer_loss)
-            self._graph_seen = True
-        new_task = _gradients("task_loss", task_loss, params, retain_graph=True)
-        new_transfer = _gradients(
-            "transfer_loss", transfer_loss, params, retain_graph=False, scale=self._scale
+        check_loss("task_loss", task_loss)
+        losses = [task_loss]
+        if transfer_loss is not None:
+            check_loss("transfer_loss", transfer_loss)
+            losses.append(transfer_loss)
+        held = len(params)
+        params += self._outside(losses)
+        if group is not None:
+            check_equal_leaves(params[held:], params[0].device, group)
+
+        new_task = gradients_of(
+            "task_loss", task_loss, params, held, retain_graph=transfer_loss is not None
         )
-        if self.process_group is not None:
-            new_task = average_over_processes(new_task, params, self.process_group)
-            new_transfer = average_over_processes(new_transfer, params, self.process_group)
+        new_transfer: list[Tensor | None] = [None] * len(params)
+        if transfer_loss is not None:
+            new_transfer = gradients_of(
+                "transfer_loss", transfer_loss, params, held, scale=shared.scale
+            )
+        if group is not None:
+            new_task = average_over_processes(new_task, params, group)
+            new_transfer = average_over_processes(new_transfer, params, group)
 
-        earlier = [self._sums(p) for p in params]
-        task = [_add(old, new) for (old, _), new in zip(earlier, new_task, strict=True)]
-        transfer = [_add(old, new) for (_, old), new in zip(earlier, new_transfer, strict=True)]
-        merged = merge_gradients(task, transfer, self.gate, scope=self.scope, bound=self.bound)
+        earlier = [shared.sums(p) for p in params]
+        task = [_add(old, new) for (old, _, _), new in zip(earlier, new_task, strict=True)]
+        transfer = [_add(old, new) for (_, old, _), new in zip(earlier, new_transfer, strict=True)]
+        reaches = [
+            old or new is not None for (_, _, old), new in zip(earlier, new_task, strict=True)
+        ]
+        merged = merge_gradients(
+            task,
+            transfer,
+            shared.gate,
+            scope=shared.scope,
+            bound=shared.bound,
+            task_reaches=reaches,
+        )
 
-        continues = any(old is not None for _, old in earlier)
-        first_overflow = not merged.finite and not (continues and self._skipping)
-        self.skipped += first_overflow
-        self._skipping = not merged.finite
-        if first_overflow or not continues:
-            self._adapt_scale(first_overflow)
-        self._factors = merged.factors
-        self._left = {}
-        for p, gradient, *sums in zip(params, merged.gradients, task, transfer, strict=True):
+        if any(gradient is not None for gradient in transfer):
+            continues = any(old is not None for _, old, _ in earlier)
+            self._count(merged.finite, continues)
+        shared.factors = merged.factors
+        for n, (p, gradient) in enumerate(zip(params, merged.gradients, strict=True)):
             p.grad = gradient
             if gradient is not None:
-                self._left[p] = _Left(gradient, gradient._version, *sums)
+                shared.left[p] = Left(
+                    gradient, gradient._version, task[n], transfer[n], reaches[n], shared.step
+                )
 
     @property
     def gates(self) -> list[float]:
         """The factors last applied; see the class."""
-        factors: list[float] = [] if self._factors is None else self._factors.tolist()
-        return factors
+        factors = self._shared.factors
+        gates: list[float] = [] if factors is None else factors.tolist()
+        return gates
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch overloads what is one signature
-        """Take one step of the wrapped optimizer; a closure calls `backward` itself."""
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        """Take one step of the wrapped optimizer; a closure calls `backward` itself.
+
+        Warns once if the gradients did not come from `backward`: they are not gated.
+        """
+        if closure is None:
+            self._warn_if_ungated()
+            return self._shared.optimizer.step()
+
+        def checked() -> float:
+            value = closure()
+            self._warn_if_ungated()
+            return value
+
+        return self._shared.optimizer.step(checked)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, the sums of accumulated ones included."""
-        self._left = {}
-        self.optimizer.zero_grad(set_to_none)
+        """Clear all gradients, the sums of accumulated ones included.
+
+        Sums of a gradient that the wrapped optimizer does not clear stay (accelerate's does nothing
+        while it accumulates), and so do gradients of tensors outside the optimizer.
+        """
+        shared = self._shared
+        shared.optimizer.zero_grad(set_to_none)
+        shared.drop_cleared()
+        if not any(p in shared.left for p in _parameters(shared.optimizer)):
+            shared.step += 1
+
+    def train(self) -> None:
+        """Call `train` of a schedule-free optimizer; others have none."""
+        getattr(self._shared.optimizer, "train", _nothing)()
+
+    def eval(self) -> None:
+        """Call `eval` of a schedule-free optimizer; others have none."""
+        getattr(self._shared.optimizer, "eval", _nothing)()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the wrapped optimizer."""
-        self.optimizer.add_param_group(param_group)
+        self._shared.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state_dict: either of the two loads it.
 
-        After an overflow in float16 it has two entries more, "transfer_scale" and
-        "steps_since_overflow"; see the class.
+        After a transfer gradient that was not finite it has "skipped" besides, and while the scale
+        of the transfer loss is not one, "transfer_scale" and "steps_since_overflow"; see the class.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = self.optimizer.state_dict()
-        if self._scale != 1:
-            state_dict["transfer_scale"] = self._scale
-            state_dict["steps_since_overflow"] = self._steps_since_overflow
+        shared = self._shared
+        state_dict = shared.optimizer.state_dict()
+        if shared.skipped > 0:
+            state_dict["skipped"] = shared.skipped
+        if shared.scale != 1:
+            state_dict["transfer_scale"] = shared.scale
+            state_dict["steps_since_overflow"] = shared.steps_since_overflow
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -227,158 +268,146 @@ class GatedGradClip(HoldsProcessGroup, Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self.optimizer.load_state_dict(state_dict)
-        self._scale = state_dict.get("transfer_scale", 1.0)
-        self._steps_since_overflow = state_dict.get("steps_since_overflow", 0)
+        shared = self._shared
+        shared.optimizer.load_state_dict(state_dict)
+        shared.skipped = state_dict.get("skipped", 0)
+        shared.scale = state_dict.get("transfer_scale", 1.0)
+        shared.steps_since_overflow = state_dict.get("steps_since_overflow", 0)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer; of a shell that has one of that name, its own."""
+        own: Optimizer = self.__dict__.get("optimizer", self._shared.optimizer)
+        return own
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "_shared", None) is self._shared:  # a shell keeps what it wraps
+            self.__dict__["optimizer"] = optimizer
+        else:
+            self._shared.optimizer = optimizer
 
     # The wrapped optimizer replaces these objects when it loads a state_dict, so a copy of the
     # references would go stale.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] # an attribute in torch
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's param groups."""
-        return self.optimizer.param_groups
+        return self._shared.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self._shared.optimizer.param_groups = param_groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override] # an attribute in torch
+    def state(self) -> Any:
         """The wrapped optimizer's state."""
-        return self.optimizer.state
+        return self._shared.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._shared.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override] # an attribute in torch
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
+        return self._shared.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._shared.optimizer.defaults = defaults
 
     def __repr__(self) -> str:
         return (
             f"GatedGradClip(gate={self.gate!r}, scope={self.scope!r}, bound={self.bound}, "
-            f"optimizer={self.optimizer!r})"
+            f"optimizer={self._shared.optimizer!r})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Like gradients, hooks and accumulated sums are not part of an optimizer's state.
-        names = (
-            "optimizer",
-            "gate",
-            "scope",
-            "bound",
-            "skipped",
-            "_scale",
-            "_steps_since_overflow",
-        )
-        return {name: getattr(self, name) for name in names} | {"process_group": None}
+        # What a shell adds is left out, as it is around any torch optimizer.
+        return {"_shared": self._shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._left = {}
-        self._factors = None
-        self._skipping = False
-        self._graph_seen = False
         # torch's unpickling path sets up hooks and nothing else, while its constructor would make
         # param groups of this wrapper's own.
         super().__setstate__({})
 
-    def _sums(self, param: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the task and the transfer gradient accumulated so far."""
-        left = self._left.get(param)
-        if left is None or param.grad is not left.merged or param.grad._version != left.version:
-            return param.grad, None
-        return left.task, left.transfer
+    def __copy__(self) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__({"_shared": copy(self._shared)})
+        return twin
 
-    def _adapt_scale(self, overflow: bool) -> None:
-        """Halve the scale of the transfer loss after an overflow, double it after a long peace."""
-        if overflow:
-            self._scale = max(self._scale / 2, LEAST_SCALE)
-            self._steps_since_overflow = 0
-        elif self._scale < 1 and not self._skipping:
-            self._steps_since_overflow += 1
-            if self._steps_since_overflow == SCALE_GROWTH_INTERVAL:
-                self._scale *= 2
-                self._steps_since_overflow = 0
+    def _outside(self, losses: list[Tensor]) -> list[Tensor]:
+        """Return the leaves with a gradient in this step that the optimizer does not hold."""
+        shared = self._shared
+        earlier = [
+            leaf
+            for leaf, left in shared.left.items()
+            if left.step == shared.step and leaf.requires_grad and left.untouched(leaf)
+        ]
+        held = set(_parameters(shared.optimizer))
+        outside = [p for p in dict.fromkeys([*earlier, *find_leaves(*losses)]) if p not in held]
+        for leaf in outside:
+            check_plain_parameter("a tensor that it does not hold", leaf)
+        return outside
 
-    def _trained_parameters(self) -> list[Tensor]:
-        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        for place, param in enumerate(params):
-            if hasattr(param, "device_mesh"):  # DTensor, wherever this torch keeps the class
-                raise TypeError(
-                    "`optimizer` must hold plain parameters; number "
-                    f"{place} is a {type(param).__name__} of shape {tuple(param.shape)}. Sharded "
-                    "models (FSDP2, tensor parallelism) reduce gradients inside `.backward()`, of "
-                    "which there is one a step, and two gradients are needed here: use DDP under "
-                    "`no_sync()` with a process group."
-                )
-        return params
+    def _count(self, finite: bool, continues: bool) -> None:
+        """Count a skipped step once; halve the scale after it, double it after a long peace."""
+        shared = self._shared
+        first_overflow = not finite and not (continues and shared.skipping)
+        shared.skipped += first_overflow
+        shared.skipping = not finite
+        if first_overflow:
+            shared.scale = max(shared.scale / 2, LEAST_SCALE)
+            shared.steps_since_overflow = 0
+        elif not continues and shared.scale < 1:
+            shared.steps_since_overflow += 1
+            if shared.steps_since_overflow == SCALE_GROWTH_INTERVAL:
+                shared.scale *= 2
+                shared.steps_since_overflow = 0
 
-    def _check_processes(self) -> None:
-        if self.process_group is None and dist.is_available() and dist.is_initialized():
-            processes = dist.get_world_size()
-            if processes > 1:
-                raise RuntimeError(
-                    f"`process_group` must be given among {processes} processes: gradients would "
-                    "silently stay local, with or without DistributedDataParallel. Pass "
-                    "process_group=torch.distributed.group.WORLD, and run a DDP model under "
-                    "`no_sync()`."
-                )
-
-
-class _Left(NamedTuple):
-    """What `backward` left in one ``p.grad``, and the sums it was made of."""
-
-    merged: Tensor
-    version: int
-    task: Tensor | None
-    transfer: Tensor | None
-
-
-def _gradients(
-    name: str, loss: Any, params: list[Tensor], *, retain_graph: bool, scale: float = 1.0
-) -> list[Tensor | None]:
-    """Return the gradients of ``loss``, taken of scale · loss and divided by the scale."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"`{name}` must be a tensor; got {type(loss).__name__}.")
-    if loss.numel() != 1:
-        raise ValueError(f"`{name}` must be a scalar; got shape {tuple(loss.shape)}.")
-    gradients: Sequence[Tensor | None] = ()
-    if loss.requires_grad:
-        weight = torch.full_like(loss, scale)
-        gradients = torch.autograd.grad(
-            loss, params, weight, retain_graph=retain_graph, allow_unused=True
+    def _warn_if_ungated(self) -> None:
+        shared = self._shared
+        given = [p for p in _parameters(shared.optimizer) if p.grad is not None]
+        if shared.warned or not given or any(shared.left_in(p) for p in given):
+            return
+        shared.warned = True
+        warnings.warn(
+            "`step` was called on gradients that `backward` of this optimizer did not make, so "
+            "nothing gates the transfer gradient. Call optimizer.backward(task_loss, "
+            "transfer_loss) in place of loss.backward(); optimizer.backward(task_loss) is the step "
+            "on the task alone.",
+            stacklevel=4,
         )
-    if all(gradient is None for gradient in gradients):
-        raise ValueError(
-            f"`{name}` must depend on the optimizer's parameters; none of the {len(params)} gets a "
-            "gradient. Is the student run, and are its features taken, without `no_grad` and "
-            "`detach`?"
-        )
-    for place, gradient in enumerate(gradients):
-        if gradient is not None and gradient.layout != torch.strided:
-            raise ValueError(
-                f"`{name}` must give dense gradients; parameter {place} of shape "
-                f"{tuple(params[place].shape)} gets a sparse one. Build the embedding with "
-                "sparse=False."
-            )
-    if scale == 1:
-        return list(gradients)
-    return [None if gradient is None else gradient / scale for gradient in gradients]
 
 
-def _refuse_reentrant(*losses: Any) -> None:
-    """Refuse reentrant checkpoints: without an error they leave their parameters no gradient."""
-    nodes = [loss.grad_fn for loss in losses if isinstance(loss, Tensor)]
-    looked_at = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in looked_at:
-            continue
-        looked_at.add(node)
-        if node.name() == "CheckpointFunctionBackward":
+def _nothing() -> None:
+    pass
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _trained_parameters(optimizer: Optimizer) -> list[Tensor]:
+    params = [p for p in _parameters(optimizer) if p.requires_grad]
+    for place, param in enumerate(params):
+        check_plain_parameter(f"number {place}", param)
+    return params
+
+
+def _check_processes(group: dist.ProcessGroup | None) -> None:
+    if group is None and dist.is_available() and dist.is_initialized():
+        processes = dist.get_world_size()
+        if processes > 1:
             raise RuntimeError(
-                "The student must not use reentrant activation checkpoints: parameters inside them "
-                "get their gradient from `.backward()` only. Pass use_reentrant=False to "
-                "`torch.utils.checkpoint.checkpoint`."
+                f"`process_group` must be given among {processes} processes: gradients would "
+                "silently stay local, with or without DistributedDataParallel. Pass "
+                "process_group=torch.distributed.group.WORLD, and run a DDP model under "
+                "`no_sync()`."
             )
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -1,0 +1,113 @@
+"""Gradients of a loss, and the leaves of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_loss", "check_plain_parameter", "find_leaves", "gradients_of"]
+
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined] # not in the stubs
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """Refuse what is no scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"`{name}` must be a scalar; got shape {tuple(loss.shape)}.")
+
+
+def check_plain_parameter(name: str, param: Tensor) -> None:
+    """Refuse the parameters of sharded models: DTensor (FSDP2), flat or flattened (FSDP1)."""
+    is_dtensor = hasattr(param, "device_mesh")  # wherever this torch keeps the class
+    if is_dtensor or hasattr(param, "_is_flat_param") or hasattr(param, "_fsdp_flattened"):
+        kind = type(param).__name__ if is_dtensor else "flattened parameter (FSDP1)"
+        raise TypeError(
+            f"`optimizer` must hold plain parameters; {name} is a {kind} of shape "
+            f"{tuple(param.shape)}. Sharded models (FSDP1, FSDP2, tensor parallelism) reduce "
+            "gradients inside `.backward()`, of which there is one a step, and two gradients are "
+            "needed here: use DDP under `no_sync()` with a process group."
+        )
+
+
+def find_leaves(*losses: Tensor) -> list[Tensor]:
+    """Return the leaves that ``.backward()`` of the losses would give a gradient, each once.
+
+    The order depends on the graph alone. Leaves that a custom function keeps to itself have no
+    node in the graph. Reentrant checkpoints are refused: without an error they would leave their
+    parameters no gradient.
+    """
+    nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    leaves = [loss for loss in losses if loss.grad_fn is None]
+    looked_at, kinds = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        kinds.add(type(node))
+        following = node.next_functions
+        if not following and type(node) is AccumulateGrad:
+            leaves.append(node.variable)
+        for source, _ in following:
+            if source is not None and source not in looked_at:
+                looked_at.add(source)
+                nodes.append(source)
+    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds):
+        raise RuntimeError(
+            "The student must not use reentrant activation checkpoints: parameters inside them "
+            "get their gradient from `.backward()` only. Pass use_reentrant=False to "
+            "`torch.utils.checkpoint.checkpoint`."
+        )
+    return [leaf for leaf in leaves if leaf.requires_grad]  # frozen after the forward pass
+
+
+def gradients_of(
+    name: str,
+    loss: Tensor,
+    leaves: Sequence[Tensor],
+    held: int,
+    *,
+    retain_graph: bool = False,
+    scale: float = 1.0,
+) -> list[Tensor | None]:
+    """Return the gradients of ``loss``, taken of scale · loss and divided by the scale.
+
+    The first ``held`` leaves are the optimizer's; the loss must reach one of them.
+    """
+    gradients: Sequence[Tensor | None] = ()
+    if loss.requires_grad:
+        try:
+            gradients = torch.autograd.grad(
+                loss,
+                leaves,
+                torch.full_like(loss, scale),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise RuntimeError(
+                "The compiled student must keep its buffers for a second gradient, but was "
+                "compiled to donate them. Set `torch._functorch.config.donated_buffer = False` "
+                "before the model is compiled."
+            ) from error
+    if all(gradient is None for gradient in gradients[:held]):
+        raise ValueError(
+            f"`{name}` must depend on the optimizer's parameters; none of the {held} gets a "
+            "gradient. Is the student run, and are its features taken, without `no_grad` and "
+            "`detach`?"
+        )
+    for place, gradient in enumerate(gradients):
+        if gradient is not None and gradient.layout != torch.strided:
+            owner = f"parameter {place}" if place < held else "a tensor outside the optimizer"
+            raise ValueError(
+                f"`{name}` must give dense gradients; {owner} of shape "
+                f"{tuple(leaves[place].shape)} gets a sparse one. Build the embedding with "
+                "sparse=False."
+            )
+    if scale == 1:
+        return list(gradients)
+    return [None if gradient is None else gradient / scale for gradient in gradients]
