@@ -1,9 +1,13 @@
 """FeatureHooks: what it collects, from which models, and what it refuses."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -151,17 +155,6 @@ def test_the_model_itself_has_the_empty_name(net):
     hooks = FeatureHooks(net, ["stem", ""])
     output = net(batch())
     assert hooks.features[1] is output
-
-
-def test_outputs_that_are_no_tensors_are_kept_as_they_are():
-    class Pair(nn.Module):
-        def forward(self, x):
-            return x, {"twice": 2 * x}
-
-    net = nn.Sequential(Pair())
-    hooks = FeatureHooks(net, ["0"])
-    output = net(batch())
-    assert hooks.features[0] is output
 
 
 def test_a_module_of_two_names_answers_to_both(net):
@@ -746,3 +739,478 @@ def test_batch_norms_in_training_mode_are_named():
     assert training_batch_norms({"0": features[0]}) == []
     net.eval()
     assert training_batch_norms(features) == []
+
+
+# Outputs that are no tensors.
+
+
+class Pair(NamedTuple):
+    hidden: torch.Tensor
+    cache: object = None
+
+
+@dataclasses.dataclass
+class Record:
+    cache: object
+    hidden: torch.Tensor
+
+
+class ModelOutput(OrderedDict):
+    """Like that of transformers: a mapping that takes an index and has attributes."""
+
+    def __getitem__(self, key):
+        return tuple(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class Gives(nn.Module):
+    """A layer whose output is made from a tensor."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.linear, self.make = nn.Linear(4, 5), make
+
+    def forward(self, x):
+        return self.make(self.linear(x))
+
+
+OUTPUTS = {
+    "tuple": (lambda x: (x, None), 0, r"tuple \(Tensor \(3, 5\), NoneType\)", "`select=0`"),
+    "list": (lambda x: [None, x], -1, r"list \(NoneType, Tensor \(3, 5\)\)", "`select=1`"),
+    "dict": (lambda x: {"out": x}, "out", r"dict \('out': Tensor \(3, 5\)\)", "`select='out'`"),
+    "number keys": (lambda x: {7: x}, 7, r"dict \(Tensor \(3, 5\)\)", "`select=7`"),
+    "namedtuple": (Pair, "hidden", r"Pair \('hidden': Tensor.*'cache': No", "`select='hidden'`"),
+    "namedtuple's index": (Pair, 0, r"Pair \('hidden'", "`select='hidden'`"),
+    "dataclass": (
+        lambda x: Record(None, x),
+        "hidden",
+        r"Record \('cache': NoneType, 'hidden': Tensor \(3, 5\)\)",
+        "`select='hidden'`",
+    ),
+    "model output": (
+        lambda x: ModelOutput(last_hidden_state=x, pooler=None),
+        "last_hidden_state",
+        r"ModelOutput \('last_hidden_state': Tensor",
+        "`select='last_hidden_state'`",
+    ),
+    "model output's index": (
+        lambda x: ModelOutput(last_hidden_state=x),
+        0,
+        r"ModelOutput",
+        "`select='last_hidden_state'`",
+    ),
+    "nested": (
+        lambda x: (None, {"maps": [Pair(x)]}),
+        lambda output: output[1]["maps"][0].hidden,
+        r"tuple \(NoneType, dict \('maps': list \(Pair\)\)\)",
+        "`select=lambda output: ...`",
+    ),
+    "two deep": (
+        lambda x: {"a": (None, x)},
+        lambda output: output["a"][1],
+        r"dict \('a': tuple \(NoneType, Tensor \(3, 5\)\)\)",
+        "`select=lambda output: output['a'][1]`",
+    ),
+    "object": (
+        lambda x: SimpleNamespace(hidden=x),
+        "hidden",
+        r"SimpleNamespace",
+        "`select=lambda output: ...`",
+    ),
+    "many": (lambda x: (x,) * 20, 19, r"(Tensor \(3, 5\), ){8}\.\.\.\)", "`select=0`"),
+    "nothing": (lambda _x: (), lambda _: torch.ones(3, 5), r"tuple, which", "lambda output"),
+}
+outputs = pytest.mark.parametrize("case", OUTPUTS.values(), ids=OUTPUTS.keys())
+
+
+@outputs
+@pytest.mark.parametrize("form", ["one for all", "list", "tuple"])
+def test_select_takes_the_tensor_out_of_an_output(case, form):
+    make, select, _, _ = case
+    net, seen = nn.Sequential(nn.Identity(), Gives(make)), []
+    net[1].linear.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    one = {"one for all": select, "list": [None, select], "tuple": (None, select)}[form]
+    hooks = FeatureHooks(net, ["0", "1"], select=one if not callable(one) else [None, one])
+    net(batch())
+    assert torch.equal(hooks.features[0], batch())  # a tensor stays as it is
+    assert hooks.features[1] is hooks.features[1]
+    assert hooks.features[1].shape == (3, 5)
+    if make(torch.ones(1)):
+        assert hooks.features[1] is seen[0]
+
+
+@outputs
+def test_an_output_without_select_is_described_and_what_to_pass_is_said(case):
+    make, _, described, advice = case
+    net = nn.Sequential(Gives(make))
+    hooks = FeatureHooks(net, ["0"])
+    net(batch())
+    with pytest.raises(TypeError, match=rf"^Layer '0' gave .*{described}.* is no tensor") as caught:
+        _ = hooks.features
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "select", "message"),
+    [
+        (lambda x: (x, None), 2, r"tuple \(.*; `select=2` failed with IndexError: tuple index"),
+        (lambda x: {"out": x}, "aux", r"`select='aux'` failed with KeyError.*`select='out'`"),
+        (lambda x: {"out": x}, "items", r"`select='items'` failed with KeyError"),
+        (Pair, "state", r"Pair .*failed with AttributeError: .*`select='hidden'`"),
+        (lambda x: (x, None), 1, r"`select=1` took NoneType, no tensor\. Pass `select=0`"),
+        (lambda x: (x, (x, x)), 1, r"`select=1` took tuple \(Tensor \(3, 5\), Tensor.*no tensor"),
+        (Pair, "count", r"`select='count'` took builtin_function"),
+        (
+            lambda x: x,
+            lambda x: x[9, 9],
+            r"Tensor \(3, 5\); .*lambda.* failed with IndexError",
+        ),
+        (lambda x: x, lambda _: 1 / 0, r"failed with ZeroDivisionError"),
+    ],
+)
+def test_a_select_that_takes_no_tensor_raises_where_features_are_read(make, select, message):
+    net = nn.Sequential(nn.Identity(), Gives(make))
+    hooks = FeatureHooks(net, ["0", "1"], select=[None, select])
+    net(batch())
+    with pytest.raises(TypeError, match=r"Layer '1' gave .*" + message):
+        _ = hooks.features
+
+
+@pytest.mark.parametrize(
+    "select", [1.0, True, b"out", {"0": 0}, [None, False], [None, torch.ones(1)]]
+)
+def test_refuses_a_select_of_another_kind(net, select):
+    with pytest.raises(TypeError, match=r"`select` must be an index, a key, a callable or None"):
+        FeatureHooks(net, ["stem", "head"], select=select)
+    assert hook_count(net) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_refuses_a_list_of_selects_of_another_length(net, count):
+    with pytest.raises(ValueError, match=rf"one entry per layer; got {count} for 2 layers"):
+        FeatureHooks(net, ["stem", "head"], select=[0] * count)
+    assert hook_count(net) == 0
+
+
+def test_a_callable_is_applied_once_a_pass_to_tensors_too():
+    calls = []
+
+    def transposed(x):
+        calls.append(x)
+        return x.transpose(1, 2)
+
+    net = nn.Sequential(nn.Conv1d(4, 5, 1))
+    hooks = FeatureHooks(net, ["0"], select=transposed)
+    output = net(torch.randn(2, 4, 7))
+    for _ in range(2):
+        assert torch.equal(hooks.features[0], output.mT)
+    assert len(calls) == 1
+    assert output is calls[0]
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_work_with_select(cell):
+    net = nn.Sequential(cell(4, 5, batch_first=True))
+    hooks = FeatureHooks(net, ["0"], select=0)
+    output, _ = net(torch.randn(2, 7, 4))
+    assert hooks.features[0] is output
+
+
+def test_what_select_leaves_out_is_not_kept():
+    rest = []
+
+    def make(x):
+        rest.append(weakref.ref(extra := torch.ones(2)))
+        return x, extra
+
+    net = nn.Sequential(Gives(make))
+    hooks = FeatureHooks(net, ["0"], select=0)
+    net(batch())
+    assert rest[0]() is None
+    assert hooks.features[0].shape == (3, 5)
+
+
+def test_a_copy_or_pickle_of_a_model_does_not_mind_select():
+    net = nn.Sequential(nn.LSTM(4, 5))
+    with FeatureHooks(net, ["0"], select=lambda output: output[0]) as hooks:
+        net(batch())
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            twin(batch(2))
+        assert hooks.features[0].shape == (3, 5)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("name", ["tuple", "dict", "namedtuple", "nested"])
+def test_select_works_in_compiled_code(name):
+    make, select, _, _ = OUTPUTS[name]
+    net = nn.Sequential(Gives(make))
+    hooks, plain = FeatureHooks(net, ["0"], select=select), copy.deepcopy(net)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2):
+        compiled(batch(seed))
+        torch.testing.assert_close(hooks.features[0], plain[0].linear(batch(seed)))
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_code_refuses_an_output_that_is_no_tensor():
+    net = nn.Sequential(Gives(lambda x: (x, None)))
+    hooks = FeatureHooks(net, ["0"])
+    torch.compile(net, backend="eager", fullgraph=True)(batch())
+    with pytest.raises(TypeError, match=r"Layer '0' gave tuple \(Tensor \(3, 5\), NoneType\)"):
+        _ = hooks.features
+
+
+# In-place operations after a layer.
+
+
+class Then(nn.Module):
+    """A linear layer, and an operation on its output."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.linear, self.operation = nn.Linear(4, 5), operation
+
+    def forward(self, x):
+        x = self.linear(x)
+        y = self.operation(x)
+        return x if y is None else y
+
+
+def add_residual(x):
+    x += torch.ones(5)
+    return x
+
+
+IN_PLACE = {
+    "relu": nn.ReLU(inplace=True),
+    "leaky relu": nn.LeakyReLU(inplace=True),
+    "dropout": lambda x: nn.functional.dropout(x, 0.5, training=True, inplace=True),
+    "residual": add_residual,
+    "mul_": lambda x: x.mul_(2),
+    "slice": lambda x: x[:, :2].zero_(),
+    "view": lambda x: x.view(-1).sigmoid_(),
+    "index": lambda x: x.__setitem__((0, 0), 1.0),
+    "detached": lambda x: x.detach().add_(1),
+}
+in_place = pytest.mark.parametrize("operation", IN_PLACE.values(), ids=IN_PLACE.keys())
+
+
+@in_place
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_output_changed_in_place_afterwards_is_refused(operation, grad):
+    net = Then(operation)
+    hooks = FeatureHooks(net, ["linear"])
+    message = r"Layer 'linear' gave a tensor that was changed in place.*Hook the layer that changes"
+    with torch.set_grad_enabled(grad):
+        net(batch())
+    with pytest.raises(RuntimeError, match=message):
+        _ = hooks.features
+
+
+@in_place
+def test_inference_mode_keeps_the_output_as_it_was(operation):
+    net = Then(operation)
+    hooks = FeatureHooks(net, ["linear"])
+    with torch.inference_mode():
+        net(batch())
+        torch.testing.assert_close(hooks.features[0], net.linear(batch()))
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["relu", "residual", "mul_", "slice"])
+def test_compiled_code_keeps_the_output_as_it_was(backend, name):
+    net = Then(IN_PLACE[name])
+    wanted = nn.functional.linear(batch(), net.linear.weight, net.linear.bias)
+    hooks = FeatureHooks(net, ["linear"])
+    torch.compile(net, backend=backend, fullgraph=True)(batch())
+    torch.testing.assert_close(hooks.features[0], wanted)
+    got = torch.autograd.grad(hooks.features[0].sin().sum(), net.linear.weight)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.sin().sum(), net.linear.weight))
+
+
+def test_the_layer_that_works_in_place_may_be_hooked():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 5))
+    hooks = FeatureHooks(net, ["1", "2"])
+    net(batch())
+    assert torch.equal(hooks.features[0], net[0](batch()).relu())
+
+
+# Scripts and traces.
+
+
+@traced
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, batch())])
+def test_a_script_module_is_refused(make):
+    plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+    scripted = make(plain)
+    with pytest.raises(
+        TypeError, match=r"must not be a ScriptModule: its layers run in C\+\+.*plain"
+    ):
+        FeatureHooks(scripted, ["0"])
+    net = nn.Sequential(nn.Identity(), nn.Sequential(scripted))
+    with pytest.raises(TypeError, match=r"'1\.0\.1': it is inside a ScriptModule"):
+        FeatureHooks(net, ["0", "1.0.1"])
+    assert hook_count(plain) == 0
+    with FeatureHooks(net, ["0", "1"]) as hooks:
+        output = net(batch())
+        assert hooks.features[1] is output
+
+
+@traced
+def test_of_scripts_inside_a_model_traced_ones_take_hooks():
+    plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+    with pytest.raises(TypeError, match=r"must not name '0': it is a ScriptModule"):
+        FeatureHooks(nn.Sequential(torch.jit.script(plain)), ["0"])
+    net = nn.Sequential(torch.jit.trace(plain, batch()))
+    hooks = FeatureHooks(net, ["0"])
+    output = net(batch())
+    assert hooks.features[0] is output
+
+
+@traced
+def test_scripting_a_hooked_model_names_remove():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+    hooks = FeatureHooks(net, ["1"])
+    with pytest.raises(AttributeError, match=r"torch\.jit\.script.*`FeatureHooks\.remove\(\)`"):
+        torch.jit.script(net)
+    hooks.remove()
+    torch.jit.script(net)
+
+
+class Block(nn.Module):
+    def __init__(self, make=lambda x: x):
+        super().__init__()
+        self.linear, self.make = nn.Linear(4, 4), make
+
+    def forward(self, x):
+        return self.make(self.linear(x).tanh())
+
+
+def exported(net, *, strict):
+    return torch.export.export(net, (batch(),), strict=strict)
+
+
+def with_fake_tensors(net):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def call(parameters, x):
+        return torch.func.functional_call(net, parameters, (x,))
+
+    make_fx(call, tracing_mode="fake")(dict(net.named_parameters()), batch())
+
+
+TRACES = {
+    "fx": torch.fx.symbolic_trace,
+    "export": lambda net: exported(net, strict=False),
+    "strict export": lambda net: exported(net, strict=True),
+    "make_fx": with_fake_tensors,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("select", [None, 0, lambda output: output[0]])
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES.keys())
+def test_a_trace_leaves_no_features(trace, select):
+    make = (lambda x: x) if select is None else (lambda x: (x, x))
+    net = nn.Sequential(nn.Linear(4, 4), Block(make))
+    hooks = FeatureHooks(net, ["1"], select=select)
+    trace(net)
+    message = r"Layer '1' gave no values: the last forward pass was a trace.*Run the model itself"
+    if trace is TRACES["strict export"]:  # it may undo what hooks did
+        message += r"|Layer '1' did not run"
+    with pytest.raises(RuntimeError, match=message):
+        _ = hooks.features
+    net(batch())
+    assert hooks.features[0].shape == (3, 4)
+
+
+# Wrappers of frameworks.
+
+
+class Shell(nn.Module):
+    """What Fabric returns from `setup`, as small as it goes."""
+
+    def __init__(self, forward_module, original_module):
+        super().__init__()
+        self._forward_module, self._original_module = forward_module, original_module
+
+    def forward(self, x):
+        return self._forward_module(x)
+
+
+@pytest.mark.usefixtures("dynamo", "process_group")
+@pytest.mark.parametrize("inside", ["plain", "ddp", "compiled", "both"])
+def test_the_shell_of_fabric_is_seen_through(net, inside):
+    wrapped = torch.compile(net, backend="eager") if inside in ("compiled", "both") else net
+    wrapped = DistributedDataParallel(wrapped) if inside in ("ddp", "both") else wrapped
+    model = Shell(wrapped, net)
+    assert unwrap(model) is net
+    with FeatureHooks(model, LAYERS) as hooks:
+        model(batch())
+        assert_features(hooks, by_hand(net, batch()))
+    with pytest.raises(ValueError, match=r"it has no '_forward_module\.stem'.*'stem'"):
+        FeatureHooks(model, ["_forward_module.stem"])
+
+
+def test_a_model_with_an_attribute_like_that_of_fabric_is_a_plain_model(net):
+    net._forward_module = nn.Linear(1, 1)
+    assert unwrap(net) is net
+    assert unwrap(Shell(net, None)) is not net
+    net._original_module = None
+    assert unwrap(net) is net
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric_is_seen_through(net, precision):
+    try:
+        from lightning.fabric import Fabric
+    except (ImportError, RuntimeError) as error:  # no dependency; RuntimeError from its torchvision
+        pytest.skip(f"Lightning can not be imported: {error}")
+    model = Fabric(accelerator="cpu", devices=1, precision=precision).setup(net)
+    assert unwrap(model) is net
+    with FeatureHooks(model, LAYERS) as hooks:
+        model(batch())
+        torch.testing.assert_close(
+            [f.float() for f in hooks.features], by_hand(net, batch()), rtol=0.05, atol=0.05
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_models_prepared_by_accelerate_work(net, precision):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is no dependency")
+    model = accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(net)
+    try:
+        assert unwrap(model) is net
+        with FeatureHooks(model, LAYERS) as hooks:
+            model(batch())
+            torch.testing.assert_close(
+                [f.float() for f in hooks.features], by_hand(net, batch()), rtol=0.05, atol=0.05
+            )
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_names_inside_a_checkpointed_submodule_are_those_of_the_plain_one(net):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    net.stages = checkpoint_wrapper(net.stages)
+    with FeatureHooks(net, LAYERS) as hooks:
+        net(batch())
+        torch.testing.assert_close(hooks.features[0], net.stem(batch()))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_layers_sharded_in_place_take_hooks(net):
+    fsdp = pytest.importorskip("torch.distributed._composable.fsdp", reason="not in this torch")
+    plain = copy.deepcopy(net)
+    fsdp.fully_shard(net.stages)
+    fsdp.fully_shard(net)
+    with FeatureHooks(net, LAYERS) as hooks:
+        net(batch())
+        assert_features(hooks, by_hand(plain, batch()))
+        sum(f.sum() for f in hooks.features).backward()
+    sum(f.sum() for f in by_hand(plain, batch())).backward()
+    torch.testing.assert_close(net.stem.weight.grad.full_tensor(), plain.stem.weight.grad)

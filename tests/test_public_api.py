@@ -28,7 +28,8 @@ ALLOWED = {
     "_optimizer_state": {"_distributed", "_gate"},
     "_grad_clip": {"_autograd", "_checks", "_distributed", "_gate", "_optimizer_state"},
     "_forward_pass": set(),
-    "_hooks": {"_forward_pass"},
+    "_select": set(),
+    "_hooks": {"_forward_pass", "_select"},
     "_transfer": {
         "_checks",
         "_distributed",
