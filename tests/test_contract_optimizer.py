@@ -4,7 +4,9 @@ Each test runs a wrapped optimizer beside a plain one, on copies of one network.
 gets its gradients by hand: the task's alone where the gate is closed, else task + gated transfer.
 """
 
+import contextlib
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -935,3 +937,486 @@ def test_channels_last_parameters(make):
     assert weight.grad.shape == weight.shape
     for ours, theirs in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+# Shells: frameworks mix their own class with the optimizer's, or wrap the optimizer.
+
+
+def framework(name):
+    """Import a framework, or skip the test."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        return pytest.skip(f"{name} is not installed, or not in order: {error}")
+
+
+class Mixed:
+    """Lightning and Fabric since 2.0: the classes are mixed, attributes looked up."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Shell", (type(self), type(optimizer)), {})
+
+    @property
+    def optimizer(self):
+        return self._optimizer
+
+    def step(self, closure=None):
+        return self._optimizer.step() if closure is None else self._optimizer.step(closure)
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+class Copied(Mixed):
+    """Lightning before 2.0: the classes are mixed, the __dict__ is copied."""
+
+    def __init__(self, optimizer):
+        attributes = optimizer.__dict__.items()
+        self.__dict__.update((name, value) for name, value in attributes if name != "step")
+        super().__init__(optimizer)
+
+    def __getattr__(self, name):
+        raise AttributeError(name)
+
+
+class Named:
+    """The wrapped optimizer is a plain attribute called as ours."""
+
+    def __init__(self, optimizer, mix_first):
+        if not mix_first:
+            self.optimizer = optimizer
+        self.__dict__.update(optimizer.__dict__)
+        self.__class__ = type("Shell", (type(self), type(optimizer)), {})
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+
+def fabric_shell(optimizer):
+    fabric = framework("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    return fabric.setup_optimizers(optimizer)
+
+
+def lightning_shell(optimizer):
+    return framework("lightning.pytorch.core.optimizer").LightningOptimizer(optimizer)
+
+
+SHELLS = {
+    "mixed": Mixed,
+    "copied": Copied,
+    "named": partial(Named, mix_first=False),
+    "named after mixing": partial(Named, mix_first=True),
+    "fabric": fabric_shell,
+}
+shells = pytest.mark.parametrize("shell", SHELLS.values(), ids=SHELLS.keys())
+ALL_SHELLS = {**SHELLS, "lightning": lightning_shell}
+all_shells = pytest.mark.parametrize("shell", ALL_SHELLS.values(), ids=ALL_SHELLS.keys())
+
+
+def both_ways(shell, original):
+    """Return the four ways to divide the work between a shell and its original."""
+    return [(first, second) for first in (shell, original) for second in (shell, original)]
+
+
+def assert_one_state(shell, original):
+    for name in ("gates", "skipped", "bound", "gate", "scope", "process_group"):
+        assert getattr(shell, name) == getattr(original, name), name
+    ours, theirs = (GatedGradClip.state_dict(optimizer) for optimizer in (shell, original))
+    assert ours.keys() == theirs.keys()
+    assert ours.get("transfer_scale") == theirs.get("transfer_scale")
+    assert ours["param_groups"] == theirs["param_groups"]
+
+
+@shells
+@pytest.mark.parametrize("way", range(4))
+def test_a_shell_and_its_original_are_one_optimizer(shell, way, make):
+    twins = Twins(make)
+    shelled = shell(twins.wrapped)
+    first, second = both_ways(shelled, twins.wrapped)[way]
+    assert isinstance(shelled, GatedGradClip)
+    for seed, bound in enumerate([1.0, 0.5, 0.2]):
+        first.zero_grad()
+        second.bound = bound
+        first.backward(*losses(twins.net, seed))
+        second.backward(*losses(twins.net, seed + 10))
+        assert_one_state(shelled, twins.wrapped)
+        gradients_by_hand(twins.twin, [seed, seed + 10], "norm", bound)
+        twins.assert_same_gradients()
+        first.step()
+        second.zero_grad()
+        assert all(p.grad is None for p in twins.net.parameters())
+        gradients_by_hand(twins.twin, [seed, seed + 10], "norm", bound)
+        twins.plain.step()
+        twins.assert_same()
+    assert first.gates == second.gates != []
+
+
+@shells
+def test_skipped_and_scale_are_those_of_the_shell_too(shell):
+    net = network()
+    original = GatedGradClip(SGD(net.parameters(), lr=0.1))
+    shelled = shell(original)
+    for count, optimizer in enumerate((shelled, original, shelled), start=1):
+        optimizer.zero_grad()
+        task, transfer = losses(net, count)
+        optimizer.backward(task, transfer * float("inf"))
+        assert_one_state(shelled, original)
+        assert original.skipped == count
+        assert original.state_dict()["transfer_scale"] == 0.5**count
+    for target, source in both_ways(shelled, original):
+        target.load_state_dict({**SGD(net.parameters(), lr=0.1).state_dict(), "skipped": 7})
+        assert source.skipped == 7
+        assert "transfer_scale" not in source.state_dict()
+    for setting, value in {"gate": closed, "scope": "global", "skipped": 2}.items():
+        setattr(shelled, setting, value)
+        assert getattr(original, setting) == value
+
+
+@all_shells
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_shells_can_be_copied_as_around_a_plain_optimizer(shell, how):
+    plain = SGD(network().parameters(), lr=0.1, momentum=0.9)
+    assert how(shell(plain)).param_groups[0]["lr"] == 0.1
+
+    net = network()
+    original = GatedGradClip(SGD(net.parameters(), lr=0.1, momentum=0.9), bound=0.5)
+    original.skipped = 3
+    shelled = shell(original)
+    train(net, original, range(2))
+    twin = how(shelled)
+    assert type(twin) is type(shelled)
+    assert (twin.bound, twin.skipped, twin.gates) == (0.5, 3, [])
+    twin.bound, twin.skipped = 0.1, 4
+    assert (shelled.bound, original.skipped) == (0.5, 3)
+    if how is copy.deepcopy:
+        twin.param_groups[0]["lr"] = 9.0
+        assert original.param_groups[0]["lr"] == 0.1
+
+
+def test_shell_and_original_copied_together_stay_one():
+    original = GatedGradClip(SGD(network().parameters(), lr=0.1))
+    shelled, twin = copy.deepcopy((Mixed(original), original))
+    shelled.bound = 0.25
+    assert twin.bound == 0.25
+    assert original.bound == 1.0
+
+
+@shells
+def test_shells_survive_a_pickle_whenever_they_do_around_a_plain_optimizer(shell, monkeypatch):
+    net = network()
+    plain, original = SGD(net.parameters(), lr=0.1), GatedGradClip(SGD(net.parameters(), lr=0.1))
+    original.skipped = 3
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"Can't (pickle|get)"):
+        pickle.dumps(shell(plain))
+    for optimizer in (plain, original):
+        shelled = shell(optimizer)
+        # A class that can be found by name makes the difference.
+        type(shelled).__module__, type(shelled).__qualname__ = __name__, "FoundByName"
+        monkeypatch.setitem(globals(), "FoundByName", type(shelled))
+        twin = pickle.loads(pickle.dumps(shelled))
+        assert twin.param_groups[0]["lr"] == 0.1
+    assert twin.skipped == 3
+
+
+class GateThatKnowsItsOptimizer:
+    """A gate that refers back: a cycle for copies."""
+
+    def __call__(self, _task, _transfer):
+        return self.optimizer.bound
+
+
+def test_deepcopy_follows_a_gate_that_holds_the_optimizer():
+    gate = GateThatKnowsItsOptimizer()
+    optimizer = gate.optimizer = GatedGradClip(SGD(network().parameters(), lr=0.1), gate)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.gate is not gate
+        assert twin.gate.optimizer is twin
+
+
+# Gradients that did not come from the wrapper.
+
+
+def ungated_step(optimizer, net):
+    losses(net, 0)[0].backward()
+    optimizer.step()
+
+
+ungated = partial(
+    pytest.warns, UserWarning, match=r"optimizer.backward\(task_loss\) is the step on"
+)
+
+
+def test_a_step_on_other_gradients_warns_once(make):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+    with ungated():
+        ungated_step(optimizer, net)
+    ungated_step(optimizer, net)  # warnings are errors here
+    optimizer.zero_grad()
+    ungated_step(optimizer, net)
+
+
+@pytest.mark.parametrize("clear", [clear_by_model, clear_by_inner_optimizer, None])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_on_other_gradients_warns_after_a_gated_one_too(clear, set_to_none):
+    twins = Twins(OPTIMIZERS["SGD"])
+    train(twins.net, twins.wrapped, range(2))
+    if clear is None:
+        twins.wrapped.zero_grad(set_to_none)
+    else:
+        clear(twins)
+    with ungated():
+        ungated_step(twins.wrapped, twins.net)
+
+
+@all_shells
+def test_shells_warn_once_together(shell):
+    net = network()
+    original = GatedGradClip(SGD(net.parameters(), lr=0.1))
+    shelled = shell(original)
+    losses(net, 0)[0].backward()
+    with ungated():
+        GatedGradClip.step(shelled)
+    original.step()
+    GatedGradClip.step(shelled)
+
+
+def test_a_closure_that_calls_plain_backward_warns_once(make):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+
+    def closure():
+        optimizer.zero_grad()
+        task = losses(net, 0)[0]
+        task.backward()
+        return task.item()
+
+    with ungated():
+        optimizer.step(closure)
+    optimizer.step(closure)
+
+
+def clip(net, _optimizer):
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+
+
+def clip_values(net, _optimizer):
+    nn.utils.clip_grad_value_(net.parameters(), 1e-3)
+
+
+def scale_in_place(net, _optimizer):
+    for p in net.parameters():
+        p.grad.mul_(0.5)
+
+
+def add_a_plain_gradient(net, _optimizer):
+    losses(net, 5)[0].backward()
+
+
+def step_already(_net, optimizer):
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "between", [clip, clip_values, scale_in_place, add_a_plain_gradient, step_already]
+)
+@pytest.mark.parametrize("without_transfer", [True, False])
+def test_gated_gradients_may_be_changed_in_place_and_used_twice(make, between, without_transfer):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+    for seed in range(2):
+        optimizer.zero_grad()
+        task, transfer = losses(net, seed)
+        optimizer.backward(task, None if without_transfer else transfer)
+        between(net, optimizer)
+        optimizer.step()  # warnings are errors here
+
+
+def test_a_resumed_optimizer_does_not_warn(make):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+    train(net, optimizer, range(2))
+    resumed = GatedGradClip(make(net.parameters()))
+    resumed.load_state_dict(optimizer.state_dict())
+    train(net, resumed, range(2))
+
+
+# What frameworks do to an optimizer.
+
+
+def test_loading_a_plain_state_dict_resets_scale_and_count(make):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+    plain = make(net.parameters()).state_dict()
+    for seed in range(2):
+        optimizer.zero_grad()
+        task, transfer = losses(net, seed)
+        optimizer.backward(task, transfer * float("nan"))
+    state = through_file(optimizer.state_dict())
+    assert (state["skipped"], state["transfer_scale"]) == (2, 0.25)
+    optimizer.load_state_dict(plain)
+    assert optimizer.skipped == 0
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    optimizer.load_state_dict(state)
+    assert optimizer.skipped == 2
+    assert optimizer.state_dict()["transfer_scale"] == 0.25
+    make(net.parameters()).load_state_dict(state)  # the plain one leaves the rest alone
+
+
+def test_state_and_groups_can_be_assigned(make):
+    net, twin = network(), network()
+    wrapped, plain = GatedGradClip(make(net.parameters())), make(twin.parameters())
+    for optimizer, its_net in ((wrapped, net), (plain, twin)):
+        (group,) = optimizer.param_groups
+        optimizer.param_groups = [
+            {**group, "params": list(its_net.front.parameters())},
+            {**group, "params": list(its_net.back.parameters()), "lr": 0.2},
+        ]
+        optimizer.state = copy.copy(optimizer.state)
+        optimizer.defaults = {**optimizer.defaults, "lr": 0.3}
+    assert wrapped.param_groups is wrapped.optimizer.param_groups
+    assert wrapped.state is wrapped.optimizer.state
+    assert wrapped.defaults is wrapped.optimizer.defaults
+    for seed in range(3):
+        wrapped.zero_grad()
+        wrapped.backward(*losses(net, seed))
+        wrapped.step()
+        gradients_by_hand(twin, [seed], "norm")
+        plain.step()
+    assert set(wrapped.state) == set(net.parameters())
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_wrapped_optimizer_can_be_replaced():
+    net = network()
+    optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1))
+    optimizer.optimizer = Adam(net.parameters(), lr=0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    train(net, optimizer, range(1))
+    assert "exp_avg" in optimizer.state[net.front.weight]
+
+
+class ScheduleFree(SGD):
+    """The interface of schedule-free optimizers."""
+
+    mode = None
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+@pytest.mark.parametrize("shell", [lambda optimizer: optimizer, Mixed, Copied])
+def test_modes_of_schedule_free_optimizers_are_passed_on(shell):
+    inner = ScheduleFree(network().parameters(), lr=0.1)
+    optimizer = shell(GatedGradClip(inner))
+    for mode in ("train", "eval", "train"):
+        assert callable(getattr(optimizer, mode))
+        getattr(optimizer, mode)()
+        assert inner.mode == mode
+
+
+def test_optimizers_without_modes_ignore_them(make):
+    optimizer = GatedGradClip(make(network().parameters()))
+    assert optimizer.train() is optimizer.eval() is None
+
+
+# Gradient accumulation by a framework.
+
+
+class Accumulates(SGD):
+    """Steps and clears in every second call, as an optimizer that accelerate has prepared."""
+
+    sync = True
+
+    def step(self, closure=None):
+        return super().step(closure) if self.sync else None
+
+    def zero_grad(self, set_to_none=True):
+        if self.sync:
+            super().zero_grad(set_to_none)
+
+
+def compare_accumulation(net, optimizer, accumulating, calls=6, every=3):
+    """Train with an optimizer that ignores calls, beside a plain accumulation loop."""
+    twin = copy.deepcopy(net)
+    by_hand = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for seed in range(calls):
+        with accumulating(last=seed % every == every - 1):
+            optimizer.backward(*losses(net, seed))
+            optimizer.step()
+            optimizer.zero_grad()
+        if seed % every == every - 1:
+            gradients_by_hand(twin, range(seed - every + 1, seed + 1), "norm")
+            by_hand.step()
+            for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_sums_outlive_a_zero_grad_that_clears_nothing():
+    net = network()
+    inner = Accumulates(net.parameters(), lr=0.1, momentum=0.9)
+
+    @contextlib.contextmanager
+    def accumulating(last):
+        inner.sync = last
+        yield
+
+    compare_accumulation(net, GatedGradClip(inner), accumulating)
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_leaves_outside_take_part_while_zero_grad_clears_nothing(scope):
+    net, twin = network(), network()
+    inner = Accumulates(net.front.parameters(), lr=0.1)
+    wrapped = GatedGradClip(inner, scope=scope)
+    joint = GatedGradClip(SGD(twin.parameters(), lr=0.1), scope=scope)
+    inner.sync = False
+    for seed in range(3):
+        wrapped.backward(*losses(net, seed))
+        wrapped.zero_grad()
+        joint.backward(*losses(twin, seed))
+    task, transfer = losses(net, 3)[1] / 9, losses(twin, 3)[1] / 9  # reaches the front alone
+    wrapped.backward(task, losses(net, 4)[1])
+    joint.backward(transfer, losses(twin, 4)[1])
+    assert wrapped.gates == pytest.approx(joint.gates)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("prepared", ["inside", "outside"])
+def test_accelerate_accumulates_as_a_plain_loop(prepared):
+    accelerate = framework("accelerate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+        net = network()
+        inner = SGD(net.parameters(), lr=0.1, momentum=0.9)
+        if prepared == "inside":
+            optimizer = GatedGradClip(accelerator.prepare(inner))
+        else:
+            optimizer = accelerator.prepare(GatedGradClip(inner))
+    shell = optimizer if prepared == "inside" else BackwardOf(optimizer)
+
+    def accumulating(last):
+        del last  # accelerate counts for itself
+        return accelerator.accumulate(net)
+
+    compare_accumulation(net, shell, accumulating)
+    optimizer.train()
+    optimizer.eval()
+
+
+class BackwardOf:
+    """An AcceleratedOptimizer has no `backward`; what it wraps has."""
+
+    def __init__(self, optimizer):
+        self.backward = optimizer.optimizer.backward
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad

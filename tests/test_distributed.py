@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 try:
@@ -17,7 +20,7 @@ except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import fully_shard
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
-from graph_kd._distributed import average_over_processes
+from graph_kd._distributed import average_over_processes, gather_rows
 
 POINTS = ["1", "3", "5"]
 CHANNELS = [4, 5, 6]
@@ -109,6 +112,96 @@ def mixed_gradients(rank):
     return [gradients[0] if rank == 1 else None, *gradients[1:-1], None]
 
 
+class Body(nn.Module):
+    """A part that the optimizer holds, and one that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.held, self.other = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
+
+    def losses(self, rows):
+        hidden = self.held(rows).tanh()
+        return self.other(hidden).square().mean(), (hidden - 1).square().sum(1).mean() * 5
+
+
+def two_owners(group, transfer=True):
+    """Return the gradients of a body and a head after two calls, one of them without transfer."""
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    body = Body()
+    optimizer = GatedGradClip(torch.optim.SGD(body.held.parameters(), lr=0.1), process_group=group)
+    rows = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mine = rows[rank * 8 // world : (rank + 1) * 8 // world]
+    task, transfer_loss = body.losses(mine)
+    optimizer.backward(task, transfer_loss if transfer else None)
+    optimizer.backward(body.losses(mine)[0], None)
+    return [p.grad for p in body.parameters()], optimizer.gates
+
+
+def heads_reached_in_one_process(group):
+    """Only process 0's task reaches the second parameter, only its transfer the third."""
+    a, b, c = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    optimizer = GatedGradClip(torch.optim.SGD([a, b, c], lr=0.1), process_group=group)
+    alone = group.rank() == 0
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        task, transfer = a.sum() + (0 * b.sum() if alone else 0), 4 * b.sum()
+        optimizer.backward(task, transfer + (group.size() * 2 * c.sum() if alone else 0))
+    return optimizer.gates
+
+
+def transfer_in_one_process(group):
+    """Only the last process has a transfer loss."""
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = GatedGradClip(torch.optim.SGD([param], lr=0.1), bound=9.0, process_group=group)
+    last = group.rank() == group.size() - 1
+    optimizer.backward(param.sum(), 2.0 * param.sum() if last else None)
+    return param.grad.item()
+
+
+def other_leaves(group, kind):
+    """Reach tensors outside the optimizer that differ from process to process."""
+    body, rank = Body(), group.rank()
+    optimizer = GatedGradClip(torch.optim.SGD(body.held.parameters(), lr=0.1), process_group=group)
+    task, transfer = body.losses(torch.ones(2, 3).double())
+    if kind == "number":
+        task = body.held(torch.ones(2, 3).double()).sum() if rank == 0 else task
+    else:
+        task = task + torch.zeros(2 + rank, requires_grad=True).sum()
+    try:
+        optimizer.backward(task, transfer)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def through_subgroup(group):
+    """Use a group whose only process has another rank in the world."""
+    results = [train("plain", "sum", group)]
+    rows = torch.full((2, 3), 2.0, requires_grad=True)
+    gathered = gather_rows(rows, group)
+    gathered.square().sum().backward()
+    results += [gathered.detach(), rows.grad, two_owners(group)]
+    loss = GraphTransferLoss(CHANNELS, process_group=group).double()
+    generator = torch.Generator().manual_seed(3)
+    features = [torch.randn(3, c, 2, 2, generator=generator).double() for c in CHANNELS]
+    return [*results, loss.estimator_loss(features).isfinite().item()]
+
+
+def gathered_gradients(group):
+    """Use the gradient of gathered rows in a second place: nobody may write to it."""
+    rows = torch.ones(1, 2, requires_grad=True)
+    weight = torch.zeros(group.size(), 2, requires_grad=True)
+    seed = torch.full((group.size(), 2), group.rank() + 1.0)
+    (gather_rows(rows, group) + weight).backward(seed)
+    return rows.grad, weight.grad, seed
+
+
+def each_reached_by_one_process(rank):
+    """Return gradients of two parameters, each of which two processes of all reach."""
+    return [torch.ones(2) if rank == 0 else None, torch.ones(3) if rank == 1 else None]
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
@@ -121,7 +214,22 @@ def work(rank, world, folder):
     refusals = {"no group": refusal(), "unequal": unequal_batches(dist.group.WORLD)}
     params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
     mixed = average_over_processes(mixed_gradients(rank), params, dist.group.WORLD)
-    got = {"results": results, "refusals": refusals, "mixed": mixed}
+    group = dist.group.WORLD
+    ones = [torch.zeros(2), torch.zeros(3)]
+    got = {
+        "results": results,
+        "refusals": refusals,
+        "mixed": mixed,
+        "owners": [two_owners(group), two_owners(group, transfer=False)],
+        "reached": heads_reached_in_one_process(group),
+        "one transfer": transfer_in_one_process(group),
+        "leaves": {kind: other_leaves(group, kind) for kind in ("number", "shape")},
+        "gathered": gathered_gradients(group),
+        "ones": average_over_processes(each_reached_by_one_process(rank), ones, group),
+    }
+    subgroup = dist.new_group([1])
+    if rank == 1:
+        got["subgroup"] = through_subgroup(subgroup)
     torch.save(got, f"{folder}/{world}.{rank}.pt")
     dist.destroy_process_group()
 
@@ -166,6 +274,58 @@ def test_gradients_of_mixed_precision_are_averaged_each_in_its_own(processes):
                 torch.testing.assert_close(got, sum(given) / len(processes), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("transfer", [True, False])
+def test_leaves_outside_the_optimizer_are_averaged_as_well(processes, transfer):
+    gradients, gates = two_owners(None, transfer)
+    for process in processes:
+        got, got_gates = process["owners"][0 if transfer else 1]
+        torch.testing.assert_close(got, gradients, rtol=0, atol=1e-12)
+        assert got_gates == pytest.approx(gates)
+        assert bool(got_gates) == transfer
+
+
+def test_what_one_process_reaches_is_reached(processes):
+    for process in processes:
+        # The task reaches b, with zeros; c belongs to the transfer loss: 1 / 2 of its norm.
+        assert process["reached"] == [0.0, 0.5]
+
+
+def test_a_missing_transfer_loss_counts_as_zero_in_the_mean(processes):
+    for process in processes:
+        assert process["one transfer"] == pytest.approx(1.0 + 2.0 / len(processes))
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("number", r"\[0, 2"), ("shape", r"\[3, 3")])
+def test_every_process_refuses_leaves_that_differ(processes, kind, counts):
+    for process in processes:
+        message = process["leaves"][kind]
+        assert re.search(f"must reach the same tensors outside the optimizer.*{counts}", message)
+
+
+def test_a_subgroup_is_a_group_of_its_own(processes):
+    trained, gathered, gradient, owners, finite = processes[1]["subgroup"]
+    torch.testing.assert_close(trained, train("plain", "sum", None), rtol=0, atol=1e-9)
+    assert torch.equal(gathered, torch.full((2, 3), 2.0))
+    assert torch.equal(gradient, torch.full((2, 3), 4.0))
+    torch.testing.assert_close(owners, two_owners(None), rtol=0, atol=1e-12)
+    assert finite
+
+
+def test_gathering_leaves_the_gradient_it_was_given_alone(processes):
+    for rank, process in enumerate(processes):
+        of_rows, of_weight, seed = process["gathered"]
+        own = torch.full((len(processes), 2), rank + 1.0)
+        assert torch.equal(of_rows, torch.full((1, 2), sum(range(1, len(processes) + 1))))
+        assert torch.equal(of_weight, own)
+        assert torch.equal(seed, own)
+
+
+def test_the_mean_is_over_all_processes_wherever_a_gradient_was_missing(processes):
+    for process in processes:
+        for average in process["ones"]:
+            assert torch.equal(average, torch.full_like(average, 1 / len(processes)))
+
+
 @pytest.fixture
 def group_of_one(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -192,9 +352,54 @@ def test_copies_keep_the_group_and_pickles_do_not(group_of_one):
         assert pickle.loads(pickle.dumps(thing)).process_group is None
 
 
+class Squash(nn.Module):
+    """Refer back to the loss: a cycle for copies."""
+
+    def __init__(self, loss):
+        super().__init__()
+        object.__setattr__(self, "loss", loss)
+
+    def forward(self, logits):
+        return logits
+
+
+def test_deepcopy_follows_cycles():
+    loss = GraphTransferLoss(CHANNELS)
+    loss.squash = Squash(loss)
+    twin = copy.deepcopy(loss)
+    assert twin.squash.loss is twin
+
+
 def test_a_sharded_parameter_is_refused_before_the_first_step(group_of_one):
     mesh = init_device_mesh("cpu", (group_of_one.size(),))
     model = nn.Linear(4, 2)
     fully_shard(model, mesh=mesh)
     with pytest.raises(TypeError, match=r"must hold plain parameters; number 0 is a DTensor"):
         GatedGradClip(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("when", ["construction", "backward"])
+def test_fsdp1_is_refused(group_of_one, use_orig_params, when):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that one process shards nothing
+        model = FullyShardedDataParallel(
+            nn.Linear(4, 2),
+            process_group=group_of_one,
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+        )
+    refused = pytest.raises(TypeError, match=r"flattened parameter \(FSDP1\) .* use DDP under")
+    if when == "construction":
+        with refused:
+            GatedGradClip(torch.optim.SGD(model.parameters(), lr=0.1))
+        return
+    head = nn.Linear(2, 1)
+    optimizer = GatedGradClip(torch.optim.SGD(head.parameters(), lr=0.1))
+    output = head(model(torch.ones(3, 4)))
+    with refused:  # outside the optimizer
+        optimizer.backward(output.sum(), output.square().sum())
+    optimizer = GatedGradClip(torch.optim.SGD(head.parameters(), lr=0.1))
+    optimizer.add_param_group({"params": list(model.parameters())})
+    with refused:  # added later
+        optimizer.backward(output.sum(), output.square().sum())

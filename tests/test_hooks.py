@@ -1214,3 +1214,19 @@ def test_layers_sharded_in_place_take_hooks(net):
         sum(f.sum() for f in hooks.features).backward()
     sum(f.sum() for f in by_hand(plain, batch())).backward()
     torch.testing.assert_close(net.stem.weight.grad.full_tensor(), plain.stem.weight.grad)
+
+
+def test_features_are_a_plain_list_and_unchecked_while_compiling(monkeypatch):
+    net, hooks = hooked()
+    net(batch())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for _ in range(3):
+        assert type(hooks.features) is list
+        use([torch.randn(3, 6)], hooks.features)
+        check_estimator_fresh(hooks)
+
+
+@pytest.mark.parametrize("layers", [3, None, torch.nn.ReLU])
+def test_refuses_layers_that_are_no_list(net, layers):
+    with pytest.raises(TypeError, match=r"`layers` must be a list of module names; got \w+\."):
+        FeatureHooks(net, layers)

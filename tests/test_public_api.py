@@ -39,7 +39,8 @@ ALLOWED = {
         "_hooks",
         "_svd",
     },
-    "testing": {"_features", "_hooks"},
+    "_axes": set(),
+    "testing": {"_axes", "_features", "_hooks", "_select"},
 }
 
 

@@ -1,6 +1,7 @@
 """assert_feature_hooks passes on right hooks without a trace, and names the layer of wrong ones."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def models(right):
     make, layers, shape = right
     torch.manual_seed(0)
     student, teacher = make()
-    return student, teacher, layers, torch.randn(shape)
+    return student, teacher.eval(), layers, torch.randn(shape)
 
 
 # Right hooks pass, and nothing is left behind.
@@ -105,7 +106,6 @@ def models(right):
 def test_right_hooks_pass_and_leave_no_trace(right, training):
     student, teacher, layers, sample = models(right)
     student.train(training)
-    teacher.train(training)
     with_gradients(student)
     kept_sample = sample.clone()
     before = snapshot(student), snapshot(teacher)
@@ -121,7 +121,6 @@ def test_right_hooks_pass_and_leave_no_trace(right, training):
 def test_wrong_hooks_leave_no_trace_either(training):
     student, teacher, _, sample = models(RIGHT["convolutions"])
     student.train(training)
-    teacher.train(training)
     before = snapshot(student), snapshot(teacher)
     with pytest.raises(AssertionError, match="channels"):
         assert_feature_hooks(student, teacher, ["0", "1"], ["0", "1"], sample)
@@ -253,8 +252,8 @@ WRONG_OUTPUTS = {
     "integer": (lambda: output_of(lambda x: x.argmax(1)), "1", r"float.*it gave torch\.int64"),
     "bool": (lambda: output_of(lambda x: x > 0), "1", r"it gave torch\.bool"),
     "complex": (lambda: output_of(lambda x: x + 1j), "1", r"it gave torch\.complex64"),
-    "tuple": (Recurrent, "cell", r"must give a floating-point tensor; it gave tuple"),
-    "none": (lambda: output_of(lambda _x: None), "1", r"it gave NoneType"),
+    "tuple": (Recurrent, "cell", r"layer 'cell' gave tuple .*t_select=0`|r_select=0`"),
+    "none": (lambda: output_of(lambda _x: None), "1", r"layer '1' gave NoneType, which is no"),
     "scalar": (lambda: output_of(lambda x: x.sum()), "1", r"with b = 4, .* gave shape \(\)"),
     "one axis": (lambda: output_of(lambda x: x.sum(1)), "1", r"b c h w.* gave shape \(4,\)"),
     "no batch axis": (lambda: output_of(lambda x: x.mean(0)), "1", r"gave shape \(8,\)"),
@@ -266,8 +265,8 @@ WRONG_OUTPUTS = {
         r"gave shape \(4, 2, 2, 2, 1, 1\)",
     ),
     "unknown": (stages, "2.0", r"it has no '2\.0'\. The nearest names are"),
-    "not run": (lambda: Skipping(0), "extra", r"Layer 'extra' did not run"),
-    "run twice": (lambda: Skipping(2), "extra", r"Layer 'extra' ran 2 times"),
+    "not run": (lambda: Skipping(0), "extra", r"layer 'extra' did not run"),
+    "run twice": (lambda: Skipping(2), "extra", r"layer 'extra' ran 2 times"),
 }
 
 
@@ -408,9 +407,13 @@ def test_a_hook_that_stays_behind_is_noticed(monkeypatch):
         assert_feature_hooks(stages(), stages(), ["0"], ["0"], torch.randn(4, 6))
 
 
-def test_a_sample_that_is_no_tensor_is_refused():
-    with pytest.raises(AssertionError, match="sample must be a tensor; got list"):
-        assert_feature_hooks(stages(), stages(), ["0"], ["0"], [torch.randn(4, 6)])
+@pytest.mark.parametrize(
+    "sample",
+    [None, 3, "x", [], {}, [[torch.ones(2)]], {"x": 1}, torch.ones(()), (torch.tensor(1),)],
+)
+def test_a_sample_without_a_batch_is_refused(sample):
+    with pytest.raises(AssertionError, match="sample must be a tensor with a batch axis, or a map"):
+        assert_feature_hooks(stages(), stages(), ["0"], ["0"], sample)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), IndexError("x")])
@@ -421,3 +424,347 @@ def test_what_a_forward_fails_with_says_where(error):
     broken = nn.Sequential(nn.Linear(6, 8), Apply(fails))
     with pytest.raises(AssertionError, match=r"Student, layers \['0'\]: 'x'|layers \['0'\]: x"):
         assert_feature_hooks(broken, stages(), ["0"], ["0"], torch.randn(4, 6))
+
+
+# Samples of several tensors.
+
+
+class TakesTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(10, 6), nn.Linear(6, 8)
+
+    def forward(self, ids, mask=None, scale=1.0):
+        return self.linear(self.embedding(ids) * mask[..., None] * scale)
+
+
+ids, mask = torch.arange(12).reshape(4, 3) % 10, torch.ones(4, 3)
+SAMPLES = {
+    "dict": {"ids": ids, "mask": mask},
+    "user dict": UserDict(ids=ids, mask=mask),
+    "other entries": {"scale": 2.0, "ids": ids, "mask": mask},
+    "tuple": (ids, mask),
+    "list": [ids, mask, 2.0],
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
+def test_samples_may_be_keyword_or_positional_arguments(sample):
+    assert_feature_hooks(TakesTwo(), TakesTwo(), ["linear"], ["linear"], sample)
+    student = chain(TakesTwo(), Apply(lambda x: x[:2]))
+    student.forward = lambda *args, **kwargs: student[1](student[0](*args, **kwargs))
+    with pytest.raises(AssertionError, match=r"Student layer '1' must give axes .* b = 4"):
+        assert_feature_hooks(student, TakesTwo(), ["1"], ["linear"], sample)
+
+
+# Where the channels are.
+
+
+def chain(*modules):
+    return nn.Sequential(*modules)
+
+
+def last(width):
+    """Maps with the channels last."""
+    return chain(nn.Linear(3, width), nn.ReLU(), chain(nn.Linear(width, width), nn.GELU()))
+
+
+CHANNELS_LAST = {
+    "linear": (lambda: last(4), "0", (4, 9, 9, 3)),
+    "after linear": (lambda: last(4), "1", (4, 9, 9, 3)),
+    "block": (lambda: last(4), "2", (4, 9, 9, 3)),
+    "height equals channels": (lambda: last(9), "0", (4, 9, 9, 3)),
+    "video": (lambda: last(4), "0", (4, 5, 9, 9, 3)),
+    "norm": (lambda: chain(nn.Linear(3, 4), nn.LayerNorm(4)), "1", (4, 9, 9, 3)),
+    "permuted": (
+        lambda: chain(nn.Conv2d(3, 4, 1), Apply(lambda x: x.permute(0, 2, 3, 1))),
+        "1",
+        (4, 3, 9, 9),
+    ),
+    "own layer": (lambda: chain(OwnLinear(3, 4)), "0", (4, 9, 9, 3)),
+}
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("role", ["Student", "Teacher"])
+@pytest.mark.parametrize("case", CHANNELS_LAST.values(), ids=CHANNELS_LAST.keys())
+def test_maps_with_channels_last_need_channel_dim(case, role):
+    make, layer, shape = case
+    right, sample = make(), torch.randn(shape)
+    rank = len(shape)
+    message = (
+        rf"layer '{layer}' gave shape .*: axis 1, where the loss looks for the channels, has \d "
+        rf"entries, but \w+ gives \d channels, on axis {rank - 1}\. Pass `channel_dim=-1`"
+    )
+    for channel_dim in (None, (None, None)):
+        with pytest.raises(AssertionError, match="Student " + message):
+            assert_feature_hooks(make(), right, [layer], [layer], sample, channel_dim=channel_dim)
+    one_sided = {"Student": (-1, None), "Teacher": (None, -1)}[role]
+    with pytest.raises(AssertionError, match=f"{role} {message}"):
+        assert_feature_hooks(make(), right, [layer], [layer], sample, channel_dim=one_sided)
+    for channel_dim in (-1, (-1, -1), rank - 1):
+        assert_feature_hooks(make(), right, [layer], [layer], sample, channel_dim=channel_dim)
+
+
+def test_each_model_may_have_its_own_channel_axis():
+    class Convolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.inner(x.permute(0, 3, 1, 2))
+
+    sample = torch.randn(4, 9, 9, 3)
+    assert_feature_hooks(last(4), Convolution(), ["0"], ["inner"], sample, channel_dim=(None, -1))
+    assert_feature_hooks(Convolution(), last(4), ["inner"], ["0"], sample, channel_dim=(-1, None))
+    with pytest.raises(
+        AssertionError, match=r"Teacher layer 'inner' .* on axis 1\. .*`\(1, None\)`"
+    ):
+        assert_feature_hooks(last(4), Convolution(), ["0"], ["inner"], sample, channel_dim=-1)
+
+
+def test_a_height_like_the_teachers_channels_does_not_pass_for_channels():
+    teacher, sample = chain(nn.Conv2d(3, 8, 1)), torch.randn(4, 3, 8, 3)
+    student = chain(Apply(lambda x: x.transpose(1, 2), None), nn.Linear(3, 4))
+    with pytest.raises(AssertionError, match=r"Student layer '1' .*axis 1.*has 8 .*on axis 3"):
+        assert_feature_hooks(student, teacher, ["1"], ["0"], sample)
+
+
+@pytest.mark.parametrize("length", [50, 6])
+@pytest.mark.parametrize("layer", [nn.Conv1d(1, 4, 3), nn.BatchNorm1d(1), nn.GroupNorm(1, 1)])
+def test_maps_b_c_l_are_to_be_transposed(layer, length):
+    sample = torch.randn(4, 1, length)
+    message = r"Student layer '0' .*axis 2.* on axis 1\. Maps of rank 3 are read as tokens b n c: "
+    models = [chain(copy.deepcopy(layer)), chain(copy.deepcopy(layer)).eval(), ["0"], ["0"], sample]
+    advice = r"`student_select=lambda output: output\.transpose\(1, 2\)`"
+    for channel_dim in (None, 1):
+        with pytest.raises(AssertionError, match=message + "pass " + advice):
+            assert_feature_hooks(*models, channel_dim=channel_dim)
+
+    def transposed(output):
+        return output.transpose(1, 2)
+
+    assert_feature_hooks(*models, student_select=transposed, teacher_select=[transposed])
+
+
+def test_a_block_that_joins_maps_is_no_mistake():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grow = nn.Conv2d(3, 9, 1)
+
+        def forward(self, x):
+            return torch.cat([x, self.grow(x)], 1)
+
+    sample = torch.randn(4, 3, 9, 9)
+    assert_feature_hooks(chain(Dense()), chain(Dense()), ["0"], ["0"], sample)
+
+
+@pytest.mark.parametrize("channel_dim", [0, 5, "1", 1.0, (1, 1, 1), (None, "1")])
+def test_a_wrong_channel_dim_is_refused(channel_dim):
+    with pytest.raises(AssertionError, match="`channel_dim` must"):
+        assert_feature_hooks(
+            last(4), last(4), ["0"], ["0"], torch.randn(4, 9, 9, 3), channel_dim=channel_dim
+        )
+
+
+def test_a_channel_dim_that_the_map_does_not_have_is_refused():
+    sample = torch.randn(4, 9, 9, 3)
+    with pytest.raises(AssertionError, match=r"Student layer '0': `channel_dim` must name an axis"):
+        assert_feature_hooks(last(4), last(4), ["0"], ["0"], sample, channel_dim=4)
+
+
+def test_another_axis_that_fits_is_offered():
+    class Swapped(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(width))
+
+        def forward(self, x):
+            return x[..., :1] * self.weight
+
+    student, teacher = chain(Swapped(7)), chain(nn.Conv2d(9, 7, 1))
+    sample = torch.randn(4, 9, 9, 3)
+    with pytest.raises(AssertionError, match=r"If the student's channels are on axis 3: Pass"):
+        assert_feature_hooks(student, teacher, ["0"], ["0"], sample)
+    with pytest.raises(AssertionError, match=r"If the teacher's channels are on axis 3: Pass"):
+        assert_feature_hooks(chain(nn.Conv2d(9, 7, 1)), student, ["0"], ["0"], sample)
+
+
+# Students with other channels.
+
+
+def test_student_channels_allow_other_counts_than_the_teachers():
+    student, teacher, sample = perceptron(8), perceptron(5).eval(), torch.randn(VECTORS)
+    layers = ["0", "2"]
+    with pytest.raises(AssertionError, match=r"needs the same number, or `student_channels` here"):
+        assert_feature_hooks(student, teacher, layers, layers, sample)
+    assert_feature_hooks(student, teacher, layers, layers, sample, student_channels=[8, 8])
+    assert_feature_hooks(
+        student, perceptron(8).eval(), layers, layers, sample, student_channels=(8, 8)
+    )
+    with pytest.raises(AssertionError, match=r"'2' has 8 channels .*student_channels says 5"):
+        assert_feature_hooks(student, teacher, layers, layers, sample, student_channels=[8, 5])
+    with pytest.raises(AssertionError, match=r"one count per layer; got 1 for 2 layers"):
+        assert_feature_hooks(student, teacher, layers, layers, sample, student_channels=[8])
+
+
+# Where the batch is.
+
+
+class Sequences(nn.Module):
+    """Gives sequences first, for samples b n c."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.embed, self.layer = nn.Linear(6, 8), layer
+
+    def forward(self, x):
+        output = self.layer(self.embed(x).transpose(0, 1))
+        return output[0] if isinstance(output, tuple) else output
+
+
+SEQUENCES = {
+    "lstm": (lambda: nn.LSTM(8, 8), 0),
+    "gru": (lambda: nn.GRU(8, 8), 0),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16), None),
+    "linear": (lambda: nn.Linear(8, 8), None),
+}
+
+
+@pytest.mark.parametrize("role", ["Student", "Teacher"])
+@pytest.mark.parametrize("length", [7, 4])
+@pytest.mark.parametrize("case", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_sequences_first_are_noticed_even_if_they_are_as_long_as_the_batch(case, length, role):
+    make, select = case
+    sample, good, bad = torch.randn(4, length, 6), chain(nn.Linear(6, 8)), Sequences(make())
+    pair = (bad, good, ["layer"], ["0"]) if role == "Student" else (good, bad, ["0"], ["layer"])
+    name = f"{role.lower()}_select"
+    advice = rf"`batch_first=True`, or pass `{name}=lambda output: output\.transpose\(0, 1\)`"
+    with pytest.raises(AssertionError, match=rf"{role} layer 'layer' must .*{advice}"):
+        assert_feature_hooks(*pair, sample, **{name: select})
+
+    def batch_first(output):
+        return (output if select is None else output[select]).transpose(0, 1)
+
+    assert_feature_hooks(*pair, sample, **{name: batch_first})
+
+
+def test_a_model_for_one_batch_size_alone_passes():
+    def fixed(x):
+        return x.reshape(4, 8)
+
+    student = chain(nn.Linear(6, 8), Apply(fixed))
+    assert_feature_hooks(student, stages(), ["1"], ["0"], torch.randn(4, 6))
+
+
+def test_a_sample_of_one_passes():
+    assert_feature_hooks(stages(), stages(), ["0"], ["0"], torch.randn(1, 6))
+
+
+# What the hooks themselves refuse.
+
+
+@pytest.mark.parametrize("role", ["Student", "Teacher"])
+def test_an_output_changed_in_place_is_named_with_its_role(role):
+    bad, good = chain(nn.Linear(6, 8), nn.Tanh(), nn.ReLU(inplace=True)), stages()
+    pair = (bad, good, ["0", "1"], ["0", "0"]) if role == "Student" else (good, bad, ["0"], ["1"])
+    if role == "Student":
+        pair = (bad, stages(nn.Tanh()), ["0", "1"], ["0", "1"])
+    with pytest.raises(
+        AssertionError, match=rf"^{role} layer '1' gave a tensor that was changed in"
+    ):
+        assert_feature_hooks(*pair, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("role", ["Student", "Teacher"])
+def test_select_reaches_the_hooks_of_each_model(role):
+    pair = (Recurrent(), stages(), ["cell"], ["0"])
+    pair = pair if role == "Student" else (stages(), Recurrent(), ["0"], ["cell"])
+    name, sample = f"{role.lower()}_select", torch.randn(4, 6)
+    for select in (0, [0], lambda output: output[0]):
+        assert_feature_hooks(*pair, sample, **{name: select})
+    with pytest.raises(
+        AssertionError, match=rf"{role} layer 'cell' gave tuple .*`{name}=5` failed"
+    ):
+        assert_feature_hooks(*pair, sample, **{name: 5})
+    with pytest.raises(AssertionError, match=rf"{role}, layers .*`select` must have one entry per"):
+        assert_feature_hooks(*pair, sample, **{name: [0, 0]})
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_features_are_to_be_dequantised():
+    def quantised(x):
+        return torch.quantize_per_tensor(x.detach(), 0.1, 0, torch.quint8)
+
+    pair = (stages(), output_of(quantised), ["0"], ["1"], torch.randn(4, 6))
+    advice = r"it gave torch\.quint8\. Pass `teacher_select=lambda output: output\.dequantize\(\)`"
+    with pytest.raises(AssertionError, match=advice):
+        assert_feature_hooks(*pair)
+    assert_feature_hooks(*pair, teacher_select=lambda output: output.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("role", ["Student", "Teacher"])
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_script_modules_are_refused_with_the_reason(kind, role):
+    sample = torch.randn(4, 6)
+    scripted = torch.jit.script(stages()) if kind == "script" else torch.jit.trace(stages(), sample)
+    pair = (scripted, stages()) if role == "Student" else (stages(), scripted)
+    with pytest.raises(AssertionError, match=rf"{role}, layers .*must not be a ScriptModule"):
+        assert_feature_hooks(*pair, ["0"], ["0"], sample)
+
+
+# The teacher's mode.
+
+
+def test_a_batch_norm_of_the_teacher_in_training_mode_is_named():
+    student, teacher, layers, sample = models(RIGHT["convolutions"])
+    teacher[1].train()
+    before = snapshot(teacher)
+    with pytest.raises(
+        AssertionError, match=r"Teacher: .*'1\.1' is in training.*`teacher\.eval\(\)`"
+    ):
+        assert_feature_hooks(student, teacher, layers, layers, sample)
+    assert_unchanged(teacher, before)
+
+
+def test_dropout_of_the_teacher_in_training_mode_is_allowed():
+    student, teacher, layers, sample = models(RIGHT["tokens"])
+    assert_feature_hooks(student, teacher.train(), layers, layers, sample)
+
+
+# Leaving no trace: what a model may do to its own buffers.
+
+
+def test_a_buffer_that_the_forward_replaces_is_put_back():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 8)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            return super().forward(x)
+
+    student, teacher = chain(Counts()), chain(Counts())
+    kept = [net[0].count for net in (student, teacher)]
+    assert_feature_hooks(student, teacher, ["0"], ["0"], torch.randn(4, 6))
+    assert [net[0].count for net in (student, teacher)] == kept
+    assert student[0].count is kept[0]
+    assert teacher[0].count is kept[1]
+    assert kept == [0, 0]
+
+
+def test_a_hook_that_marks_the_beginning_is_noticed_when_it_stays(monkeypatch):
+    def remove(self):
+        for handle in self._handles[1:]:
+            handle.remove()
+
+    monkeypatch.setattr("graph_kd._hooks.FeatureHooks.remove", remove)
+    with pytest.raises(AssertionError, match=r"Student, layers \['0'\]: a hook stayed attached"):
+        assert_feature_hooks(stages(), stages(), ["0"], ["0"], torch.randn(4, 6))

@@ -78,7 +78,7 @@ class FeatureHooks:
         self.layers = tuple(layers)
         if not self.layers:
             raise ValueError("`layers` must name at least one layer; got none.")
-        modules = _named_modules(plain)
+        modules = named_modules(plain)
         for name in self.layers:
             if name not in modules:
                 raise ValueError(_unknown(name, list(modules)))
@@ -331,7 +331,7 @@ def _refuse_scripted(name: str, modules: dict[str, nn.Module]) -> None:
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return modules by every name they have, without the wrappers of compiled submodules."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):

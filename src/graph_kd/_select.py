@@ -63,7 +63,7 @@ class Untaken:
             problem = f"{gave}; `select={self.select!r}` failed with {kind}: {self.found}."
         else:
             problem = f"{gave}; `select={self.select!r}` took {_describe(self.found)}, no tensor."
-        error = TypeError(f"{problem} Pass {_advice(self.output)} to FeatureHooks.")
+        error = TypeError(f"{problem} Pass {_advice(self.output)}.")
         error.__cause__ = self.found if isinstance(self.found, Exception) else None
         return error
 
