@@ -36,11 +36,10 @@ def train(
     accelerator: Accelerator,
     student: nn.Module,
     teacher: nn.Module,
-    data: Any,
+    loader: Any,
     folder: Path,
     epochs: int,
 ) -> None:
-    loader: Any = DataLoader(data, batch_size=8, drop_last=True)
     teacher.to(accelerator.device).eval().requires_grad_(False)
     of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     group = dist.group.WORLD  # None in a single process
@@ -95,8 +94,9 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     set_seed(0)  # every process makes the same networks
     data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))
+    loader = DataLoader(data, batch_size=8, shuffle=True, drop_last=True)
     folder = Path("runs/accelerate")
-    train(accelerator, network(STUDENT), network(TEACHER), data, folder, epochs=2)
+    train(accelerator, network(STUDENT), network(TEACHER), loader, folder, epochs=2)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ def network(kernel: int) -> nn.Sequential:
 
 
 def train(
-    fabric: L.Fabric, student: nn.Module, teacher: nn.Module, data: Any, folder: Path, epochs: int
+    fabric: L.Fabric, student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epochs: int
 ) -> None:
-    loader = fabric.setup_dataloaders(DataLoader(data, batch_size=8, drop_last=True))
+    loader = fabric.setup_dataloaders(loader)
     # The networks are not set up: Fabric's shell of a module insists on `fabric.backward`, which
     # takes one loss. Autocast is called below, and the process group replaces DDP.
     student.to(fabric.device)
@@ -45,10 +45,9 @@ def train(
     transfer = GraphTransferLoss(CHANNELS, process_group=group).to(fabric.device)
 
     inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-    gated = GatedGradClip(inner, process_group=group)  # `backward` is called on this handle
-    optimizer: Any = fabric.setup_optimizers(gated)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(gated, T_max=100)
-    scale = fabric.strategy.precision.pre_backward  # by the GradScaler in 16-mixed
+    optimizer: Any = fabric.setup_optimizers(GatedGradClip(inner, process_group=group))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
 
     state: dict[str, Any] = {"student": student, "transfer": transfer, "optimizer": optimizer}
     state |= {"schedule": schedule, "epoch": 0}
@@ -63,7 +62,8 @@ def train(
                 task = F.cross_entropy(student(images), labels)
                 teacher(images)
                 loss = transfer(of_student.features, of_teacher.features)
-            gated.backward(scale(task / ACCUMULATE, student), scale(loss / ACCUMULATE, student))
+            losses = [task / ACCUMULATE, loss / ACCUMULATE]
+            optimizer.backward(*(losses if scaler is None else map(scaler.scale, losses)))
             if (index + 1) % ACCUMULATE == 0:
                 fabric.clip_gradients(student, optimizer, max_norm=1.0)
                 optimizer.step()
@@ -89,7 +89,8 @@ def main() -> None:
     fabric.launch()
     fabric.seed_everything(0)  # every process makes the same student
     data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))
-    train(fabric, network(kernel=3), network(kernel=5), data, Path("runs/fabric"), epochs=2)
+    loader = DataLoader(data, batch_size=8, shuffle=True, drop_last=True)
+    train(fabric, network(kernel=3), network(kernel=5), loader, Path("runs/fabric"), epochs=2)
 
 
 if __name__ == "__main__":

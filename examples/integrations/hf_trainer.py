@@ -1,9 +1,10 @@
-"""MHGD in the Hugging Face Trainer: a ViT and a BERT with padding, random data and weights.
+"""MHGD in the Hugging Face Trainer: a ViT, and a BERT with padding.
 
     python examples/integrations/hf_trainer.py
 
-The Trainer accumulates, clips, schedules and saves as usual. Teachers are untrained: put yours in
-their place. Students are narrower than teachers and have attention heads of their own.
+The Trainer accumulates, clips, schedules and saves as usual. Models are tiny, random and untrained,
+data are random: put yours in their place. Students are narrower than their teachers and have
+attention heads of their own.
 """
 
 from __future__ import annotations
@@ -13,25 +14,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
-SMALL = {"num_attention_heads": 2, "intermediate_size": 16, "num_labels": 4}
-
 
 class DistillationTrainer(Trainer):
-    """Train `model` by its labels and by the graphs of `teacher`."""
+    """Train ``model`` by its labels and by the graphs of ``teacher``."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, points: list[str], **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+    def __init__(self, model: Any, teacher: Any, layers: list[str], **settings: Any) -> None:
+        super().__init__(model, **settings)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        self.of_student, self.of_teacher = FeatureHooks(model, points), FeatureHooks(teacher, points)
+        self.of_student, self.of_teacher = (
+            FeatureHooks(model, layers),
+            FeatureHooks(teacher, layers),
+        )
         self.transfer = GraphTransferLoss(
-            [teacher.config.hidden_size] * len(points),  # type: ignore[union-attr]
-            student_channels=[model.config.hidden_size] * len(points),  # type: ignore[union-attr]
+            [teacher.config.hidden_size] * len(layers),
+            student_channels=[model.config.hidden_size] * len(layers),
             process_group=dist.group.WORLD,  # None in a single process
         ).to(self.args.device)
         self.add_callback(KeepHeads(self.transfer))
@@ -43,32 +52,32 @@ class DistillationTrainer(Trainer):
             self.optimizer = GatedGradClip(inner, process_group=dist.group.WORLD)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
         # DDP must not average gradients on its own: GatedGradClip does, both of them.
         with self.accelerator.no_sync(model), self.accelerator.autocast():
-            task = model(**inputs).loss / self.current_gradient_accumulation_steps
+            task: Tensor = model(**inputs).loss
             self.teacher(**inputs)
             mask = inputs.get("attention_mask")
-            transfer = self.transfer(features(self.of_student, mask), features(self.of_teacher, mask))
-            losses = [task, transfer / self.current_gradient_accumulation_steps]
-            if self.accelerator.scaler is not None:  # fp16=True
-                losses = [self.accelerator.scaler.scale(loss) for loss in losses]
-            # `self.optimizer` is accelerate's shell, which has no `backward`.
-            self.optimizer.optimizer.backward(*losses)  # type: ignore[union-attr]
-        return task.detach()
+            loss = self.transfer(features(self.of_student, mask), features(self.of_teacher, mask))
+        losses = [x / self.current_gradient_accumulation_steps for x in (task, loss)]
+        if self.accelerator.scaler is not None:  # with fp16=True
+            losses = [self.accelerator.scaler.scale(x) for x in losses]
+        # Around the GatedGradClip is accelerate's shell, which has no `backward`.
+        self.optimizer.optimizer.backward(*losses)  # type: ignore[union-attr]
+        return task.detach() / self.current_gradient_accumulation_steps
 
-    def train_heads(self, learning_rate: float = 0.1) -> None:
+    def train_heads(self) -> None:
         """Train the attention heads on the teacher; with real data, until the loss settles."""
-        optimizer = torch.optim.SGD(self.transfer.estimators.parameters(), lr=learning_rate)
-        for batch in self.get_train_dataloader():
-            inputs = self._prepare_inputs(batch)
+        heads = torch.optim.SGD(self.transfer.estimators.parameters(), lr=0.1, momentum=0.9)
+        for inputs in self.get_train_dataloader():
+            inputs = self._prepare_inputs(inputs)
             self.teacher(**inputs)
-            loss = self.transfer.estimator_loss(features(self.of_teacher, inputs.get("attention_mask")))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            maps = features(self.of_teacher, inputs.get("attention_mask"))
+            heads.zero_grad()
+            self.transfer.estimator_loss(maps).backward()
+            heads.step()
 
 
 def features(hooks: FeatureHooks, mask: Tensor | None) -> list[Tensor]:
@@ -77,19 +86,22 @@ def features(hooks: FeatureHooks, mask: Tensor | None) -> list[Tensor]:
 
 
 class KeepHeads(TrainerCallback):
-    """Keep the attention heads in ``checkpoint-N``, and restore them when a run goes on."""
+    """Keep the attention heads in ``checkpoint-N``; a resume with other heads is silently wrong."""
 
     def __init__(self, transfer: GraphTransferLoss) -> None:
         self.transfer = transfer
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
-            # The model once more: transformers 5.24 saves a ViT by other names than it loads.
+            # The model once more: transformers 5.24 resumes a ViT with most weights left as they
+            # were, because it saves them by other names than it loads.
             kept = {"heads": self.transfer.state_dict(), "model": model.state_dict()}
             torch.save(kept, self.path(args, state))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step > 0:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if state.global_step > 0:  # it goes on from a checkpoint
             kept = torch.load(self.path(args, state), map_location=args.device, weights_only=True)
             self.transfer.load_state_dict(kept["heads"])
             model.load_state_dict(kept["model"])
@@ -99,52 +111,45 @@ class KeepHeads(TrainerCallback):
 
 
 def vit(hidden_size: int, layers: int) -> ViTForImageClassification:
-    config = ViTConfig(
-        hidden_size=hidden_size, num_hidden_layers=layers, image_size=16, patch_size=4, **SMALL
-    )
+    shape: Any = {"image_size": 16, "patch_size": 4, "num_attention_heads": 2, "num_labels": 4}
+    config = ViTConfig(hidden_size=hidden_size, num_hidden_layers=layers, **shape)
     return ViTForImageClassification(config)
 
 
 def bert(hidden_size: int, layers: int) -> BertForSequenceClassification:
-    config = BertConfig(
-        hidden_size=hidden_size, num_hidden_layers=layers, vocab_size=50, pad_token_id=0, **SMALL
-    )
+    shape: Any = {"vocab_size": 50, "num_attention_heads": 2, "num_labels": 4}
+    config = BertConfig(hidden_size=hidden_size, num_hidden_layers=layers, **shape)
     return BertForSequenceClassification(config)
 
 
 def images(count: int) -> list[dict[str, Tensor]]:
-    return [
-        {"pixel_values": torch.randn(3, 16, 16), "labels": torch.randint(4, ())}
-        for _ in range(count)
-    ]
+    columns = torch.randn(count, 3, 16, 16), torch.randint(4, (count,))
+    return [{"pixel_values": x, "labels": y} for x, y in zip(*columns, strict=True)]
 
 
 def texts(count: int) -> list[dict[str, Tensor]]:
-    rows = []
-    for _ in range(count):
-        mask = (torch.arange(12) < torch.randint(3, 13, ())).long()
-        ids = torch.randint(1, 50, (12,)) * mask
-        rows.append({"input_ids": ids, "attention_mask": mask, "labels": torch.randint(4, ())})
-    return rows
+    mask = (torch.arange(12) < torch.randint(3, 13, (count, 1))).long()
+    columns = torch.randint(1, 50, (count, 12)) * mask, mask, torch.randint(4, (count,))
+    names = ("input_ids", "attention_mask", "labels")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def main() -> None:
-    for make, points, data in (
+    for make, layers, data in (
         (vit, ["vit.layers.0", "vit.layers.1", "vit.layers.2"], images(64)),
-        (bert, [f"bert.encoder.layer.{n}" for n in range(3)], texts(64)),
+        (bert, ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.2"], texts(64)),
     ):
-        args = TrainingArguments(
-            output_dir=f"runs/{make.__name__}",
+        settings = TrainingArguments(
+            f"runs/{make.__name__}",
             max_steps=8,
-            per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            max_grad_norm=1.0,
             lr_scheduler_type="cosine",
             report_to="none",
         )
-        trainer = DistillationTrainer(make(8, 3), make(12, 4), points, args=args, train_dataset=data)
+        student, teacher = make(8, 3), make(12, 3)
+        trainer = DistillationTrainer(student, teacher, layers, args=settings, train_dataset=data)
         trainer.train_heads()
-        print(make.__name__, trainer.train().metrics["train_loss"])
+        trainer.train()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ def network(kernel: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
-def train(student: nn.Module, teacher: nn.Module, data: Any, folder: Path, epochs: int) -> Engine:
-    loader = DataLoader(data, batch_size=8, drop_last=True)
+def train(student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epochs: int) -> Engine:
     teacher.eval().requires_grad_(False)
     of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     transfer = GraphTransferLoss(CHANNELS)
@@ -57,7 +56,7 @@ def train(student: nn.Module, teacher: nn.Module, data: Any, folder: Path, epoch
     trainer = Engine(step)
     average = EMAHandler(student, momentum=0.1)  # its copy of the student has no active hooks
     average.attach(trainer, event=Events.ITERATION_COMPLETED(every=ACCUMULATE))
-    state = {"student": student, "average": average.ema_model, "heads": transfer}
+    state: dict[str, Any] = {"student": student, "average": average.ema_model, "heads": transfer}
     state |= {"optimizer": optimizer, "schedule": schedule, "trainer": trainer}
     saver = DiskSaver(folder, create_dir=True, require_empty=False)
     checkpoint = Checkpoint(state, saver, filename_pattern="last.pt")
@@ -83,7 +82,8 @@ def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, hooks: Any, loa
 
 def main() -> None:
     data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))
-    trainer = train(network(kernel=3), network(kernel=5), data, Path("runs/ignite"), epochs=2)
+    loader = DataLoader(data, batch_size=8, shuffle=True, drop_last=True)
+    trainer = train(network(kernel=3), network(kernel=5), loader, Path("runs/ignite"), epochs=2)
     print(trainer.state.output)
 
 

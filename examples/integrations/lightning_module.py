@@ -45,7 +45,9 @@ def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, batches: Iterab
 class Distillation(L.LightningModule):
     """Manual optimization: two losses, accumulation, clipping and a schedule."""
 
-    def __init__(self, teacher: nn.Module, transfer: GraphTransferLoss, accumulate: int = 2) -> None:
+    def __init__(
+        self, teacher: nn.Module, transfer: GraphTransferLoss, accumulate: int = 2
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.accumulate = accumulate
@@ -69,14 +71,15 @@ class Distillation(L.LightningModule):
         self.teacher(images)
         return task, self.transfer(self.of_student.features, self.of_teacher.features)
 
-    def training_step(self, batch: Any, index: int) -> None:
-        shell: Any = self.optimizers()  # Lightning's; `shell.optimizer` is the GatedGradClip
-        scaled = [self.scale(loss / self.accumulate) for loss in self.losses(batch)]
-        shell.optimizer.backward(*scaled)
+    def training_step(self, batch: Any, index: int) -> Any:
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        task, transfer = (self.scale(loss / self.accumulate) for loss in self.losses(batch))
+        optimizer.backward(task, transfer)
         if (index + 1) % self.accumulate == 0:
-            shell.step()
-            shell.zero_grad()
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg] # there is one
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
     def scale(self, loss: Tensor) -> Tensor:
         """Apply Lightning's GradScaler in 16-mixed; other precisions return the loss as it is."""
@@ -95,14 +98,16 @@ class AutomaticDistillation(Distillation):
         super().__init__(teacher, transfer)
         self.automatic_optimization = True
 
-    def training_step(self, batch: Any, index: int) -> Tensor:  # type: ignore[override] # noqa: ARG002
+    def training_step(self, batch: Any, index: int) -> Tensor:
         task, self.transfer_loss = self.losses(batch)
         return task
 
-    def backward(self, loss: Tensor) -> None:  # type: ignore[override] # no other arguments come
+    def backward(self, loss: Tensor) -> None:
         # `loss` is the task loss as Lightning scaled it; the transfer loss is scaled alike.
-        transfer = self.scale(self.transfer_loss / self.trainer.accumulate_grad_batches)
-        self.optimizers(use_pl_optimizer=False).backward(loss, transfer)  # type: ignore[union-attr]
+        optimizer: Any = self.optimizers()
+        optimizer.backward(
+            loss, self.scale(self.transfer_loss / self.trainer.accumulate_grad_batches)
+        )
 
 
 def main() -> None:
@@ -112,10 +117,8 @@ def main() -> None:
     transfer = GraphTransferLoss(CHANNELS)
     train_heads(transfer, teacher, loader)
 
-    quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = L.Trainer(max_epochs=2, **quiet)  # type: ignore[arg-type]
-    trainer.fit(Distillation(teacher, transfer), loader)
-    trainer = L.Trainer(max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=1.0, **quiet)  # type: ignore[arg-type]
+    L.Trainer(max_epochs=2).fit(Distillation(teacher, transfer), loader)
+    trainer = L.Trainer(max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=1.0)
     trainer.fit(AutomaticDistillation(teacher, transfer), loader)
 
 

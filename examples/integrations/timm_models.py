@@ -44,7 +44,11 @@ def hooked(model: nn.Module, layers: list[str]) -> Read:
 
 
 def train(
-    student: nn.Module, of_student: Read, of_teacher: Read, transfer: GraphTransferLoss, batches: Any
+    student: nn.Module,
+    of_student: Read,
+    of_teacher: Read,
+    transfer: GraphTransferLoss,
+    batches: Any,
 ) -> None:
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1, momentum=0.9)
     for images, _ in batches:  # on the teacher alone; with real data, until the loss settles
