@@ -75,7 +75,9 @@ class Distillation(L.LightningModule):
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         task, transfer = (self.scale(loss / self.accumulate) for loss in self.losses(batch))
-        optimizer.backward(task, transfer)
+        # Lightning runs this method under autocast, which would round gradients to half precision.
+        with torch.autocast(self.device.type, enabled=False):
+            optimizer.backward(task, transfer)
         if (index + 1) % self.accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
