@@ -356,6 +356,25 @@ def test_a_gradient_added_between_two_calls_counts_as_task_gradient():
         torch.testing.assert_close(p.grad, gated_by_hand(old + t, d, "norm"))
 
 
+def test_a_replaced_gradient_is_the_task_gradient_of_what_follows():
+    net = network()
+    optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1))
+    optimizer.backward(*losses(net, 0))
+    versions = {p: p.grad._version for p in net.parameters()}
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+        while p.grad._version < versions[p]:  # as often changed as what stood there
+            p.grad.add_(0)
+    optimizer.backward(*losses(net, 1))
+
+    params = list(net.parameters())
+    task, transfer = losses(net, 1)
+    new_task = torch.autograd.grad(task, params, retain_graph=True)
+    new_transfer = torch.autograd.grad(transfer, params, allow_unused=True)
+    for p, t, d in zip(params, new_task, new_transfer, strict=True):
+        torch.testing.assert_close(p.grad, gated_by_hand(1 + t, d, "norm"))
+
+
 def test_a_gradient_that_stood_there_is_not_changed_in_place():
     net = network()
     optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1))

@@ -5,17 +5,24 @@ Losses here are linear, Σ p · g: their gradients are the ones the test chose.
 
 import copy
 import math
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from golden_case import load
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch.utils.checkpoint import checkpoint
 
+import graph_kd
 from graph_kd import GatedGradClip
 from graph_kd._autograd import find_leaves
 from graph_kd._gate import gate_factors, merge_gradients
@@ -1125,3 +1132,97 @@ def test_needs_no_process_group_for_a_single_process(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     optimizer.backward(param.sum(), param.sum())
     assert torch.equal(param.grad, torch.full((2,), 2.0))
+
+
+# Compiled students.
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_pair():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    optimizer = GatedGradClip(torch.optim.SGD(net.parameters(), lr=0.1))
+    return net, torch.compile(net, backend="aot_eager"), optimizer
+
+
+def merged_gradients(net, forward, optimizer, rows):
+    optimizer.zero_grad()
+    output = forward(torch.ones(rows, 4))
+    optimizer.backward(output.square().mean(), output.sin().sum())
+    return [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.skipif(
+    not hasattr(functorch_config, "donated_buffer"), reason="this torch donates no buffers"
+)
+@pytest.mark.parametrize("rows", [3, 5], ids=["the same batch size", "another one"])
+def test_donated_buffers_are_named_with_the_setting_that_keeps_them(rows):
+    with functorch_config.patch(donated_buffer=True):
+        net, compiled, optimizer = compiled_pair()
+        compiled(torch.ones(3, 4)).sum().backward()  # the first backward decides
+        with pytest.raises(
+            RuntimeError, match=r"`torch._functorch.config.donated_buffer"
+        ) as caught:
+            merged_gradients(net, compiled, optimizer, rows)
+        assert "donated buffer" in str(caught.value.__cause__)
+    with functorch_config.patch(donated_buffer=False):
+        net, compiled, optimizer = compiled_pair()
+        compiled(torch.ones(3, 4)).sum().backward()
+        got = merged_gradients(net, compiled, optimizer, rows)
+        torch.testing.assert_close(got, merged_gradients(net, net, optimizer, rows))
+
+
+INDUCTOR = """
+import sys, torch, torch._functorch.config
+from torch import nn
+from graph_kd import GatedGradClip
+
+if sys.argv[1] == "two":
+    torch._functorch.config.donated_buffer = False
+
+def gradients(compiled):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    x = torch.randn(4, 2, 6, 6)
+    output = (torch.compile(net) if compiled else net)(x)
+    if sys.argv[1] == "one":
+        output.square().mean().backward()
+    else:
+        optimizer = GatedGradClip(torch.optim.SGD(net.parameters(), lr=0.1), lambda *_: 1.0)
+        optimizer.backward(output.square().mean(), output.sin().sum())
+    return [p.grad for p in net.parameters()]
+
+torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-3, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_both_gradients_as_documented(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    source = str(Path(graph_kd.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")])
+    safe = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    # A run with donated buffers fills the cache; the next, without them, must not be served by it.
+    for backwards, settings in (("one", {}), ("two", safe)):
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", INDUCTOR, backwards],
+            check=True,
+            env={**environment, **settings},
+        )
+
+
+def test_other_errors_of_the_backward_pass_come_through():
+    param, inner = one_parameter()
+    task = param.square().sum()
+    task.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        GatedGradClip(inner).backward(task, param.sum())

@@ -90,9 +90,9 @@ def gradients_of(
             if "donated buffer" not in str(error):
                 raise
             raise RuntimeError(
-                "The compiled student must keep its buffers for a second gradient, but was "
-                "compiled to donate them. Set `torch._functorch.config.donated_buffer = False` "
-                "before the model is compiled."
+                "A compiled student must keep its buffers for the second gradient; this one "
+                "donated them to the first. Set `torch._functorch.config.donated_buffer = False` "
+                "(after `import torch._functorch.config`) before the model is compiled."
             ) from error
     if all(gradient is None for gradient in gradients[:held]):
         raise ValueError(

@@ -42,7 +42,9 @@ class GatedGradClip(Optimizer):
     2. Given a process group, both are averaged over it.
     3. They are added to what `backward` was given since the last `zero_grad`. What stands in
        ``p.grad`` and was not left there by this wrapper, untouched, counts as task gradient.
-    4. A factor is computed from the norms of the two sums, by the gate.
+    4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
+       transfer loss reaches (an attention head of the student's own, a connector) has no task
+       gradient; the norm of all task gradients takes its place.
     5. ``p.grad`` = task + factor · transfer.
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
@@ -55,16 +57,29 @@ class GatedGradClip(Optimizer):
     A transfer gradient that is not finite never reaches the parameters: that step uses the task's
     alone, and `skipped` counts it. `GradScaler` does not see such a step, and the transfer gradient
     is often many times the task's; so the scale of step 1 is halved then, and doubled again, up to
-    one, after 2000 good steps. It is a power of two, undone in the parameters' precision, and in
-    `state_dict` while it is not one. Under `GradScaler` both losses are scaled alike, which changes
-    neither gate; a callable sees the scaled norms.
+    one, after 2000 good steps. It is a power of two, undone in the parameters' precision.
+    `state_dict` has it whenever it is not 1, and `skipped` whenever it is not 0. Under `GradScaler`
+    both losses are scaled alike, which changes neither gate; a callable sees the scaled norms.
+    Scaling only one of them (a `GradScaler` on the task alone) changes the gate.
 
-    `backward` waits for the device once, to look for infinities. Two copies of the gradients are
-    held from it to `zero_grad`; clearing ``p.grad.data`` behind autograd's back is not noticed.
-    Gradient hooks of tensors and modules run once a loss, ``register_post_accumulate_grad_hook``
-    not at all, as with any `torch.autograd.grad`. Step hooks registered for
-    all optimizers at once (`register_optimizer_step_pre_hook`) fire for the wrapper and for the
-    wrapped optimizer. Sparse gradients are refused.
+    A leaf that the losses reach and the optimizer does not hold (a head of a second optimizer, a
+    learned prompt) gets what ``.backward()`` would give it, gated in the same way; `zero_grad` does
+    not clear it. Leaves are found in the autograd graph in every `backward`, at about a microsecond
+    a node; those that a custom function keeps to itself are not found.
+
+    Frameworks that copy this object or mix its class with theirs (Lightning, Fabric, accelerate)
+    share its state: settings, `gates`, `skipped`, the scale and the sums are the same in all.
+
+    A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
+    compiled. With inductor run under ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1`` besides: a cache
+    entry of an earlier run with donated buffers makes the second gradient wrong without an error.
+
+    `backward` syncs once, to look for infinities. Two copies of the gradients are held from it to
+    `zero_grad`; clearing ``p.grad.data`` behind autograd's back is not noticed. Gradient hooks of
+    tensors and modules run once a loss, ``register_post_accumulate_grad_hook`` not at all, as with
+    any `torch.autograd.grad`. Step hooks registered for all optimizers at once
+    (`register_optimizer_step_pre_hook`) fire for the wrapper and for the wrapped optimizer. Sparse
+    gradients are refused.
 
     Args:
         optimizer: Any torch optimizer; its weight decay takes no part in the norms.
@@ -73,26 +88,29 @@ class GatedGradClip(Optimizer):
             takes the two norms (scalar tensors, the transfer's may be zero) and returns the factor;
             one that is not finite counts as a transfer gradient that is not.
         scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
-        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate; a
-            plain attribute. Dimensionless, > 0.
+        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate; for a
+            parameter that only the transfer loss reaches, to the norm of all task gradients. May
+            be set at any time. Dimensionless, > 0.
         process_group: A `torch.distributed` group over which both gradients are averaged before
             any norm is taken: data parallelism without the DDP wrapper, or with it under
             `no_sync()`. Among several processes it is required: the second gradient of a step
-            passes DDP by and would silently stay local.
+            passes DDP by and would silently stay local. Its processes must reach the same leaves
+            outside the optimizer; one without a transfer loss counts with zero.
 
     Attributes:
         gates: The factors last applied, one for each parameter that the transfer loss reaches, in
-            the order of the param groups, or a single one for ``scope="global"``. Reading them
-            waits for the device.
+            the order of the param groups, then of leaves outside the optimizer, or a single one
+            for ``scope="global"``; none if there was no transfer loss. Reading them syncs.
         skipped: Steps whose transfer gradient was not finite. Count.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer or holds sharded parameters (FSDP2), or a
-            loss is no tensor.
+        TypeError: ``optimizer`` is no torch optimizer, or holds sharded parameters (FSDP1, FSDP2)
+            or a loss reaches them, or a loss is no tensor.
         ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
             gives a sparse gradient, or a callable gate that returns no single number.
-        RuntimeError: several processes are running and no process group was given, or the first
-            losses came through reentrant activation checkpoints.
+        RuntimeError: several processes are running and no process group was given, or they reach
+            different leaves outside the optimizer; the losses came through reentrant activation
+            checkpoints, or through a compiled student that donates its buffers.
 
     Example:
         >>> import torch
