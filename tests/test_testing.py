@@ -564,6 +564,18 @@ def test_a_block_that_joins_maps_is_no_mistake():
     assert_feature_hooks(chain(Dense()), chain(Dense()), ["0"], ["0"], sample)
 
 
+def test_a_layer_derived_from_one_of_torch_may_have_its_channels_elsewhere():
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def net():
+        return chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9))
+
+    assert_feature_hooks(net(), net(), ["1"], ["1"], torch.randn(4, 3, 9, 9))
+    assert_feature_hooks(net(), net(), ["1"], ["1"], torch.randn(4, 3, 5, 5))
+
+
 @pytest.mark.parametrize("channel_dim", [0, 5, "1", 1.0, (1, 1, 1), (None, "1")])
 def test_a_wrong_channel_dim_is_refused(channel_dim):
     with pytest.raises(AssertionError, match="`channel_dim` must"):

@@ -94,8 +94,10 @@ def record_estimator_use(teacher: Any) -> None:
 
 
 def _first_tensor(features: Any) -> Tensor | None:
-    values = features.values() if isinstance(features, Mapping) else features
-    first = next(iter(values), None)
+    """Return the first map; None for what the loss refuses, and for an iterator, which ends."""
+    if isinstance(features, Mapping):
+        features = list(features.values())
+    first = features[0] if isinstance(features, list | tuple) and features else None
     return first if isinstance(first, Tensor) else None
 
 
