@@ -15,16 +15,24 @@ from accelerate.state import AcceleratorState, GradientState
 from graph_kd import GraphTransferLoss
 
 
-def run(folder, epochs, *, batch=plain_loop.BATCH, split=False, precision="no"):
-    """Run the recipe with the plain loop's heads; return the student's parameters."""
+def reset():
+    """Let accelerate forget the run before; it keeps its state in class attributes."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def run(folder, epochs, *, batch=plain_loop.BATCH, split=False, precision="no"):
+    """Run the recipe with the plain loop's heads; return the student's parameters."""
+    reset()
     accelerator = accelerate.Accelerator(
         cpu=True,
         gradient_accumulation_steps=plain_loop.ACCUMULATE,
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "fp16" else precision,
         dataloader_config=accelerate.DataLoaderConfiguration(split_batches=split),
     )
+    if precision == "fp16":  # accelerate has it on a GPU only
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     student, teacher = plain_loop.pair(recipe.network, recipe.STUDENT, recipe.TEACHER)
     recipe.train(accelerator, student, teacher, plain_loop.loader(batch), folder, epochs)
     return student.state_dict()
@@ -55,11 +63,19 @@ def test_accumulated_training_is_the_plain_loop(tmp_path):
     plain_loop.assert_equal(run(tmp_path, 2), plain(2))
 
 
-def test_mixed_precision_is_the_plain_loop_under_autocast(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [
+        ("bf16", torch.bfloat16, 1e-6),
+        ("fp16", torch.float16, 1e-4),  # the plain loop's are not scaled: what is small is lost
+    ],
+)
+def test_mixed_precision_is_the_plain_loop_under_autocast(precision, dtype, tolerance, tmp_path):
     def autocast():
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast("cpu", dtype)
 
-    plain_loop.assert_equal(run(tmp_path, 1, precision="bf16"), plain(1, autocast=autocast))
+    got = run(tmp_path, 1, precision=precision)
+    plain_loop.assert_equal(got, plain(1, autocast=autocast), tolerance)
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
@@ -67,6 +83,12 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "train_heads", refuse)
     torch.manual_seed(9)  # other heads to begin with
     plain_loop.assert_equal(run(tmp_path, 2), plain(2))
+
+
+def test_script_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reset()
+    recipe.main()
 
 
 def work(rank, port, folder):

@@ -46,3 +46,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     plain_loop.assert_equal(run(tmp_path / "parts", 2), plain(2))
     whole, parts = (torch.load(tmp_path / n / "last.pt")["average"] for n in ("whole", "parts"))
     plain_loop.assert_equal(parts, whole)
+
+
+def test_script_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe.main()

@@ -21,7 +21,9 @@ from graph_kd import GraphTransferLoss
 pytestmark = [
     # Lightning 2.6.6 asks torch 2.13 for a class by its old name.
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
-    # It asks if the frozen teacher is meant to be in eval mode. It is.
+    # It looks for idle CPUs and GPUs, and asks if the frozen teacher is meant to be in eval mode. It is.
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training"),
 ]
 QUIET = {
@@ -143,6 +145,12 @@ def test_fabric_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.delattr(fabric_loop, "train_heads")  # they come from the checkpoint
     torch.manual_seed(9)  # other heads to begin with
     plain_loop.assert_equal(train_by_fabric(tmp_path, 2), plain(2))
+
+
+@pytest.mark.parametrize("recipe", [lightning_module, fabric_loop])
+def test_script_runs(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe.main()
 
 
 def work(rank, port, folder):

@@ -43,12 +43,14 @@ class DistillationTrainer(Trainer):
             student_channels=[model.config.hidden_size] * len(layers),
             process_group=dist.group.WORLD,  # None in a single process
         ).to(self.args.device)
-        self.add_callback(KeepHeads(self.transfer))
+        self.add_callback(HeadsCallback(self.transfer))
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             inner = super().create_optimizer(*args)
-            inner.add_param_group({"params": list(self.transfer.student_heads.parameters())})
+            own_heads = list(self.transfer.student_heads.parameters())
+            # Without its own value the group would have AdamW's weight decay, not the Trainer's.
+            inner.add_param_group({"params": own_heads, "weight_decay": self.args.weight_decay})
             self.optimizer = GatedGradClip(inner, process_group=dist.group.WORLD)
         return self.optimizer
 
@@ -85,16 +87,20 @@ def features(hooks: FeatureHooks, mask: Tensor | None) -> list[Tensor]:
     return [f if mask is None else f * mask[..., None] for f in hooks.features]
 
 
-class KeepHeads(TrainerCallback):
-    """Keep the attention heads in ``checkpoint-N``; a resume with other heads is silently wrong."""
+class HeadsCallback(TrainerCallback):
+    """Do for the attention heads what the Trainer does for the model alone."""
 
     def __init__(self, transfer: GraphTransferLoss) -> None:
         self.transfer = transfer
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.transfer.zero_grad()  # or their gradients would grow from step to step
+
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero:
-            # The model once more: transformers 5.24 resumes a ViT with most weights left as they
-            # were, because it saves them by other names than it loads.
+            # A resume with other heads would be silently wrong. The model is kept once more because
+            # transformers 5.24 resumes a ViT with most weights as they were before: it saves them
+            # by other names than it loads.
             kept = {"heads": self.transfer.state_dict(), "model": model.state_dict()}
             torch.save(kept, self.path(args, state))
 
@@ -111,15 +117,16 @@ class KeepHeads(TrainerCallback):
 
 
 def vit(hidden_size: int, layers: int) -> ViTForImageClassification:
-    shape: Any = {"image_size": 16, "patch_size": 4, "num_attention_heads": 2, "num_labels": 4}
-    config = ViTConfig(hidden_size=hidden_size, num_hidden_layers=layers, **shape)
+    shape: Any = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_labels": 4}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 2 * hidden_size}
+    config = ViTConfig(image_size=16, patch_size=4, **shape)
     return ViTForImageClassification(config)
 
 
 def bert(hidden_size: int, layers: int) -> BertForSequenceClassification:
-    shape: Any = {"vocab_size": 50, "num_attention_heads": 2, "num_labels": 4}
-    config = BertConfig(hidden_size=hidden_size, num_hidden_layers=layers, **shape)
-    return BertForSequenceClassification(config)
+    shape: Any = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_labels": 4}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 2 * hidden_size}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, **shape))
 
 
 def images(count: int) -> list[dict[str, Tensor]]:

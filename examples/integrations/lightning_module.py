@@ -119,8 +119,12 @@ def main() -> None:
     transfer = GraphTransferLoss(CHANNELS)
     train_heads(transfer, teacher, loader)
 
-    L.Trainer(max_epochs=2).fit(Distillation(teacher, transfer), loader)
-    trainer = L.Trainer(max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    common: Any = {"max_epochs": 2, "logger": False}
+    trainer = L.Trainer(default_root_dir="runs/manual", **common)
+    trainer.fit(Distillation(teacher, transfer), loader)
+
+    common |= {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    trainer = L.Trainer(default_root_dir="runs/automatic", **common)
     trainer.fit(AutomaticDistillation(teacher, transfer), loader)
 
 
