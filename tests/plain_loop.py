@@ -66,6 +66,26 @@ def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.n
     return optimizer
 
 
+@contextlib.contextmanager
+def losses_of():
+    """Yield a list that receives the two losses of every gated backward pass.
+
+    Parameters alone say little of a transfer loss scaled wrongly: the gate bounds its gradient.
+    """
+    seen = []
+    backward = GatedGradClip.backward
+
+    def record(self, task, transfer):
+        seen.append((task.item(), transfer.item()))
+        backward(self, task, transfer)
+
+    GatedGradClip.backward = record
+    try:
+        yield seen
+    finally:
+        GatedGradClip.backward = backward
+
+
 def assert_equal(got, wanted, tolerance=1e-6):
     """Compare two state_dicts."""
     assert got.keys() == wanted.keys()

@@ -142,8 +142,12 @@ def run(name, folder, batch=BATCH):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trainer_is_the_plain_loop_and_resumes(name, tmp_path):
-    expected = plain(name)
-    for got, wanted in zip(run(name, tmp_path), expected, strict=True):
+    with plain_loop.losses_of() as losses_expected:
+        expected = plain(name)
+    with plain_loop.losses_of() as losses:
+        trained = run(name, tmp_path)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_expected))
+    for got, wanted in zip(trained, expected, strict=True):
         plain_loop.assert_equal(got, wanted)
 
     resumed = trainer(name, tmp_path)  # with other heads, and another student

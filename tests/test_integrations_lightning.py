@@ -21,7 +21,7 @@ from graph_kd import GraphTransferLoss
 pytestmark = [
     # Lightning 2.6.6 asks torch 2.13 for a class by its old name.
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
-    # It looks for idle CPUs and GPUs, and asks if the frozen teacher is meant to be in eval mode. It is.
+    # It advises on idle CPUs and GPUs, and on modules in eval mode: the teacher is meant to be.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training"),
@@ -73,8 +73,11 @@ def plain(epochs, precision=None):
 @pytest.mark.parametrize("form", RECIPES)
 def test_accumulated_training_is_the_plain_loop(form):
     made = module(form)
-    trainer = fit(made, 2)
-    plain_loop.assert_equal(made.student.state_dict(), plain(2))
+    with plain_loop.losses_of() as got:
+        trainer = fit(made, 2)
+    with plain_loop.losses_of() as expected:
+        plain_loop.assert_equal(made.student.state_dict(), plain(2))
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected))
     assert trainer.global_step == 4
     assert len(trainer.optimizers[0].gates) == 6  # what the shell's `backward` did is seen here
 
@@ -123,7 +126,11 @@ def use_plain_heads(transfer, teacher, *_):
 
 def test_fabric_accumulates_as_the_plain_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(fabric_loop, "train_heads", use_plain_heads)
-    plain_loop.assert_equal(train_by_fabric(tmp_path, 2), plain(2))
+    with plain_loop.losses_of() as got:
+        student = train_by_fabric(tmp_path, 2)
+    with plain_loop.losses_of() as expected:
+        plain_loop.assert_equal(student, plain(2))
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected))
 
 
 def test_fabric_in_bfloat16_is_the_plain_loop_under_autocast(tmp_path, monkeypatch):
