@@ -166,7 +166,7 @@ def teachers_of(
     untrained = digits.VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
     trained = digits.train_teacher(train, seed, settings, bar)
     wanted = {(form.teacher, form.k) for form in ROWS.values()}
-    teachers = {}
+    teachers: dict[tuple[str, int], tuple[digits.VGG, GraphTransferLoss]] = {}
     for kind, k in wanted:
         teacher = trained if kind == "trained" else untrained
         heads = digits.train_heads(teacher, train, seed, settings, bar, k=k)

@@ -165,9 +165,9 @@ def train_student(
                 t = config.temperature
                 soft, soft_target = ((z / t).log_softmax(dim=-1) for z in (logits, target))
                 kl = F.kl_div(soft, soft_target, log_target=True, reduction="batchmean")
-                torch.autograd.backward(task + config.soft_weight * t**2 * kl)
+                optimizer.backward(task + config.soft_weight * t**2 * kl)
             else:
-                torch.autograd.backward(task)
+                optimizer.backward(task)
             optimizer.step()
             schedule.step()
             bar.update()

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import feature_lists, seeds
+from torch import nn
 
-from graph_kd import GraphTransferLoss, SVDFeature, align_singular_vectors
+from graph_kd import FeatureHooks, GraphTransferLoss, SVDFeature, align_singular_vectors
 
 CHANNELS = (6, 8, 10)
 squashes = pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
@@ -346,3 +347,59 @@ def test_rejects_settings_that_do_not_fit(settings, error, message):
 
 def test_settings_are_shown():
     assert "channels=[6, 8, 10], k=1, student_k=4, squash='tanh'" in repr(make(squash="tanh"))
+
+
+def hooked(seed, norm=True):
+    torch.manual_seed(seed)
+    layers, incoming = [], 3
+    for c in CHANNELS:
+        layers += [nn.Conv2d(incoming, c, 3, padding=1), nn.BatchNorm2d(c) if norm else nn.Tanh()]
+        incoming = c
+    net = nn.Sequential(*layers).double()
+    return net, FeatureHooks(net, ["1", "3", "5"])
+
+
+IMAGES = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+own_or_not = pytest.mark.parametrize("own", [{}, {"student_channels": CHANNELS}], ids=["", "own"])
+
+
+@own_or_not
+@pytest.mark.parametrize("as_list", [True, False], ids=["features", "hooks"])
+def test_a_second_step_on_features_of_the_first_is_refused(own, as_list):
+    """A copy of the teacher runs, so that its hooks still show the first batch."""
+    loss = make(**own)
+    (student, of_student), (teacher, of_teacher) = hooked(1), hooked(2)
+    student.eval(), teacher.eval()
+    twin = copy.deepcopy(teacher)
+
+    def step(model, images):
+        student(images)
+        model(images)
+        return loss(*(h.features if as_list else h for h in (of_student, of_teacher)))
+
+    step(teacher, IMAGES[0]), step(teacher, IMAGES[1])
+    with pytest.raises(RuntimeError, match=r"The teacher's features .*'1'.* a copy of it runs"):
+        step(twin, IMAGES[0])
+    step(teacher, IMAGES[0])
+
+
+def test_the_heads_notice_that_a_copy_of_the_teacher_runs():
+    loss, (teacher, of_teacher) = make(), hooked(2)
+    teacher.eval()(IMAGES[0])
+    for _ in range(2):  # several steps on one batch are the user's to choose
+        loss.estimator_loss(of_teacher)
+    copy.deepcopy(teacher)(IMAGES[1])
+    with pytest.raises(RuntimeError, match="for the attention heads"):
+        loss.estimator_loss(of_teacher)
+
+
+def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
+    loss, (student, of_student), (teacher, of_teacher) = make(), hooked(1), hooked(2)
+    student(IMAGES[0]), teacher(IMAGES[0])
+    with pytest.warns(UserWarning, match=r"batch norm '1' is in training mode, as 2 .*\.eval\(\)"):
+        loss(of_student, of_teacher)
+    loss.estimator_loss(of_teacher)
+    with pytest.warns(UserWarning, match="is in training mode"):
+        make().estimator_loss(of_teacher)
+    teacher.eval()(IMAGES[0])
+    make().estimator_loss(of_teacher)

@@ -102,8 +102,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
-    Features read from `FeatureHooks` must come from a new forward pass in each step. A teacher whose
-    batch norms are in training mode is warned of, once, if its features come from hooks.
+    Features read from `FeatureHooks` must come from a new forward pass in each step. If the
+    teacher's do, a warning says once that its batch norms are in training mode.
 
     Raises:
         RuntimeError: features of an earlier step were read from hooks again.
@@ -180,9 +180,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
         a row, which say little of the data (`graphs` shows them).
         """
+        maps = self._read("teacher_features", teacher_features, self.teacher_layout)
         check_estimator_fresh(teacher_features)
         self._warn_of_training(teacher_features)
-        maps = self._read("teacher_features", teacher_features, self.teacher_layout)
         check_equal_batches(len(maps[0]), maps[0].device, self.process_group)
         with torch.no_grad():
             vectors = [
@@ -203,13 +203,13 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
         """Return L_transfer; it trains the student, and its own heads if it has any."""
-        check_fresh(student_features, teacher_features)
-        self._warn_of_training(teacher_features)
         self._remember_order(teacher_features)
         student = self._read("student_features", student_features, self.student_layout)
         teacher = self._read(
             "teacher_features", teacher_features, self.teacher_layout, batch=len(student[0])
         )
+        check_fresh(student_features, teacher_features)
+        self._warn_of_training(teacher_features)
         check_equal_batches(len(student[0]), student[0].device, self.process_group)
         student_rows, teacher_rows = self._rows(student, teacher)
         pairs = [
