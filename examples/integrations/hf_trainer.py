@@ -34,10 +34,8 @@ class DistillationTrainer(Trainer):
     def __init__(self, model: Any, teacher: Any, layers: list[str], **settings: Any) -> None:
         super().__init__(model, **settings)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        self.of_student, self.of_teacher = (
-            FeatureHooks(model, layers),
-            FeatureHooks(teacher, layers),
-        )
+        self.of_student = FeatureHooks(model, layers)
+        self.of_teacher = FeatureHooks(teacher, layers)
         self.transfer = GraphTransferLoss(
             [teacher.config.hidden_size] * len(layers),
             student_channels=[model.config.hidden_size] * len(layers),
