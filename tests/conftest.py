@@ -1,5 +1,6 @@
 """Settings of every test: derandomised properties, and two threads as on a small machine."""
 
+import broken_torchvision  # noqa: F401  # before anything imports torchvision
 import torch
 from hypothesis import HealthCheck, settings
 
