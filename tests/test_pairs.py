@@ -322,7 +322,7 @@ def test_twenty_steps_train_the_student(pair, own_heads):
     transfer = GraphTransferLoss(channels, 4, squash="scaled", **settings)
     train_estimators(transfer, teacher, of_teacher, sample)
     trained = [*student.parameters(), *transfer.student_heads.parameters()]
-    optimizer = GatedGradClip(torch.optim.Adam(trained, 1e-2), bound=10.0)
+    optimizer = GatedGradClip(torch.optim.Adam(trained, 3e-3), bound=100.0)
     losses = []
     for step in range(20):
         task = nn.functional.cross_entropy(student(sample), labels)
@@ -338,7 +338,7 @@ def test_twenty_steps_train_the_student(pair, own_heads):
         assert task.isfinite()
         assert loss.isfinite()
     assert optimizer.skipped == 0  # else a transfer gradient was not finite
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < (0.5 if own_heads else 0.9) * losses[0]  # own heads learn fast
 
 
 def train_estimators(transfer, teacher, of_teacher, sample):
