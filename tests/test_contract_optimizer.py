@@ -1439,3 +1439,54 @@ class BackwardOf:
     def __init__(self, optimizer):
         self.backward = optimizer.optimizer.backward
         self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+# Flows that must not be taken for ungated training.
+
+
+def test_an_optimizer_whose_gradients_another_wrapper_gated_does_not_warn():
+    net = network()
+    one = GatedGradClip(SGD(net.front.parameters(), lr=0.1))
+    other = GatedGradClip(SGD(net.back.parameters(), lr=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(2):
+            one.zero_grad()
+            other.zero_grad()
+            one.backward(*losses(net, seed))
+            one.step()
+            other.step()
+
+
+@pytest.mark.parametrize("change", [lambda g: g.clamp(-1, 1), torch.nan_to_num])
+def test_replaced_gradients_do_not_warn(make, change):
+    net = network()
+    optimizer = GatedGradClip(make(net.parameters()))
+    optimizer.backward(*losses(net, 0))
+    for p in net.parameters():
+        p.grad = change(p.grad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_step_that_moves_nothing_does_not_warn():
+    net = network()
+    optimizer = GatedGradClip(SGD(net.parameters(), lr=0.0, momentum=0.9))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_autocast_around_backward_changes_nothing():
+    gradients = []
+    for enabled in (False, True):
+        net = network(torch.float32)
+        optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1))
+        task, transfer = losses(net, 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            optimizer.backward(task, transfer)
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

@@ -268,3 +268,37 @@ def test_padding_times_its_mask_changes_nothing():
     loss, teacher = make(), features()
     torch.testing.assert_close(loss(masked, teacher), loss(tokens, teacher))
     assert (loss(padded, teacher) - loss(tokens, teacher)).abs() > 1e-3
+
+
+# What a review found.
+
+
+def test_features_that_were_refused_set_no_order():
+    loss, maps = make(), features()
+    named = dict(zip("abc", maps, strict=True))
+    with pytest.raises(ValueError, match="must hold 3 tensors"):
+        loss.estimator_loss({**named, "logits": maps[0]})
+    with pytest.raises(ValueError, match="must have 6 channels"):
+        loss.estimator_loss(shuffled(named))
+    loss.estimator_loss(named)
+
+
+def test_a_student_whose_height_is_the_teachers_channels_is_told_of_both_ways():
+    student = [torch.randn(6, c // 2, c, c).double() for c in CHANNELS]
+    with pytest.raises(ValueError, match=r"Axis 2 and axis -1 has 6.*`student_channels`"):
+        make()(student, features())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_choose_among_orthogonal_vectors(dtype):
+    """Student and teacher have no live channel in common."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 6, 16, 4, 4, generator=generator, dtype=torch.float64)
+    maps[0, :, 8:], maps[1, :, :8] = 0, 0
+    student, teacher = ([m.to(dtype)] * 2 for m in maps)
+    loss = make((16, 16)).to(dtype)
+    level = 4 * torch.finfo(dtype).eps
+    for _ in range(5):
+        noisy = [m + level * torch.randn(m.shape, generator=generator).to(dtype) for m in student]
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+        assert abs(loss(noisy, teacher) - loss(student, teacher)) < tolerance

@@ -530,7 +530,7 @@ def test_a_second_step_on_a_student_whose_copy_runs_is_refused(make, read):
         teacher(batch(seed))
         if seed == 0:
             use(read(of_student), read(of_teacher))
-    with pytest.raises(RuntimeError, match=r"student's features .*hooks on the model that runs"):
+    with pytest.raises(RuntimeError, match=r"features .*place the hooks on that copy"):
         use(read(of_student), read(of_teacher))
     student(batch(1))
     use(read(of_student), read(of_teacher))
@@ -700,9 +700,9 @@ def test_batch_norms_in_training_mode_are_named():
     ).eval()
     net(torch.randn(2, 3, 2, 2))
     hooks = FeatureHooks(net, ["0"])
-    assert training_norms(hooks.features) == []
     net(torch.randn(2, 3, 2, 2))
     features = hooks.features
+    assert training_norms(features) == []
     net[1].train()
     assert training_norms(features) == ["1.0"]
     net.train()
@@ -1201,3 +1201,109 @@ def test_features_are_a_plain_list_and_unchecked_while_compiling(monkeypatch):
 def test_refuses_layers_that_are_no_list(net, layers):
     with pytest.raises(TypeError, match=r"`layers` must be a list of module names; got \w+\."):
         FeatureHooks(net, layers)
+
+
+# What a review found.
+
+FORMS = {
+    "list": list,
+    "unpacked": lambda hooks: [*hooks],
+    "slice": lambda hooks: hooks.features[:],
+    "tuple": lambda hooks: tuple(hooks.features),
+    "dict": lambda hooks: dict(zip("ab", hooks.features, strict=True)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_staleness_is_noticed_in_whatever_list_features_come(form):
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    twin = copy.deepcopy(teacher)
+    student(batch(0))
+    teacher(batch(0))
+    use(form(of_student), form(of_teacher))
+    student(batch(1))
+    twin(batch(1))
+    with pytest.raises(RuntimeError, match=r"features .*earlier step"):
+        use(form(of_student), form(of_teacher))
+
+
+def test_features_that_are_changed_on_the_way_are_noticed_at_the_second_stale_read():
+    teacher, hooks = hooked()
+    twin = copy.deepcopy(teacher)
+    teacher(batch(0))
+    for seed in (1, 2):
+        assert all((2 * feature).isfinite().all() for feature in hooks)
+        if seed == 1:
+            twin(batch(seed))
+    twin(batch(3))
+    with pytest.raises(RuntimeError, match=r"place the hooks on that copy"):
+        _ = hooks.features
+    teacher(batch(4))
+    _ = hooks.features
+
+
+def test_the_same_student_does_not_hide_that_a_copy_teaches():
+    teacher, hooks = hooked()
+    twin, student = copy.deepcopy(teacher), [torch.randn(3, 6)] * 2
+    teacher(batch(0))
+    use(student, hooks)
+    use(student, hooks)
+    twin(batch(1))
+    with pytest.raises(RuntimeError, match=r"teacher's features"):
+        use(student, hooks)
+
+
+def test_a_loss_without_gradient_is_no_step():
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    teacher(batch(0))
+    for seed in range(3):  # to look at the loss after each step, say
+        student(batch(seed))
+        with torch.no_grad():
+            use(of_student, of_teacher)
+
+
+class Owner(nn.Module):
+    """Holds its network and its hooks."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.net, self.mode = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), mode
+        self.hooks = FeatureHooks(self.net, ["0"])
+
+    def forward(self, x):
+        with self.mode():
+            self.net(x)
+        return self.hooks.features
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["deepcopy", "pickle", "average"])
+def test_copied_hooks_hold_no_batch_and_say_that_they_are_a_copy(mode, kind):
+    owner = Owner(mode)
+    owner(batch(0))
+    make = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+        "average": torch.optim.swa_utils.AveragedModel,
+    }
+    twin = make[kind](owner)
+    with pytest.raises(RuntimeError, match=r"hooks are a copy.*FeatureHooks\(model, layers\)"):
+        twin(batch(1))
+    assert torch.equal(owner(batch(2))[0], owner.net[0](batch(2)))
+
+
+def test_a_backward_pass_through_a_checkpoint_does_not_count_as_a_run():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+    net = Checkpointed()
+    with FeatureHooks(net, ["layer"]) as hooks:
+        output = net(batch())
+        before = hooks.features[0]
+        output.sum().backward()
+        assert hooks.features[0] is before

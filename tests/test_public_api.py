@@ -35,12 +35,12 @@ ALLOWED = {
         "_distributed",
         "_estimator",
         "_features",
+        "_forward_pass",
         "_heads",
-        "_hooks",
         "_svd",
     },
     "_axes": set(),
-    "testing": {"_axes", "_features", "_hooks", "_select"},
+    "testing": {"_axes", "_features", "_forward_pass", "_hooks", "_select"},
 }
 
 

@@ -780,3 +780,85 @@ def test_a_hook_that_marks_the_beginning_is_noticed_when_it_stays(monkeypatch):
     monkeypatch.setattr("graph_kd._hooks.FeatureHooks.remove", remove)
     with pytest.raises(AssertionError, match=r"Student, layers \['0'\]: a hook stayed attached"):
         assert_feature_hooks(stages(), stages(), ["0"], ["0"], torch.randn(4, 6))
+
+
+def token_pair(*layers):
+    return [nn.Sequential(*(make() for make in layers)) for _ in range(2)]
+
+
+NO_ALARM = {
+    "rms norm": (
+        lambda: token_pair(lambda: nn.RMSNorm(8), lambda: nn.Linear(8, 8)),
+        "0",
+        (4, 5, 8),
+    ),
+    "glu": (lambda: token_pair(lambda: nn.Linear(8, 32), nn.GLU), "1", (4, 32, 8)),
+    "pixel shuffle": (
+        lambda: token_pair(lambda: nn.Conv2d(3, 32, 1), lambda: nn.PixelShuffle(2)),
+        "1",
+        (4, 3, 16, 20),
+    ),
+    "pooled": (
+        lambda: token_pair(lambda: nn.Linear(6, 10), lambda: nn.AdaptiveAvgPool1d(7)),
+        "1",
+        (4, 10, 6),
+    ),
+    "instance norm": (lambda: token_pair(lambda: nn.InstanceNorm2d(3)), "0", (4, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("case", NO_ALARM.values(), ids=NO_ALARM.keys())
+def test_shapes_that_happen_to_agree_raise_no_alarm(case):
+    make, layer, shape = case
+    student, teacher = make()
+    head = nn.Linear(shape[-1], shape[-1])
+    student, teacher = (nn.Sequential(head_of(head), *m) for m in (student, teacher))
+    layer = str(int(layer) + 1)
+    assert_feature_hooks(student, teacher, [layer], [layer], torch.randn(shape))
+
+
+def head_of(linear):
+    """Return a layer with parameters of its own, so that every layer carries gradient."""
+    return copy.deepcopy(linear)
+
+
+def test_an_embedding_before_a_recurrent_layer_raises_no_alarm():
+    def net():
+        return nn.Sequential(nn.Embedding(20, 10), nn.LSTM(10, 12, batch_first=True))
+
+    sample = torch.randint(20, (4, 10))
+    assert_feature_hooks(net(), net(), ["1"], ["1"], sample, student_select=0, teacher_select=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_models_with_scripted_parts_can_be_checked():
+    def net():
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+        return nn.Sequential(nn.Linear(6, 8), scripted, nn.Linear(8, 4))
+
+    student, teacher = net(), net().eval()
+    before = student[1].state_dict()["1.running_mean"].clone()
+    assert_feature_hooks(student, teacher, ["0", "2"], ["0", "2"], torch.randn(4, 6))
+    assert torch.equal(student[1].state_dict()["1.running_mean"], before)
+
+
+def test_instance_norms_of_the_teacher_in_training_mode_are_named():
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True))
+
+    with pytest.raises(AssertionError, match=r"Teacher: its norm '1' is in training mode"):
+        assert_feature_hooks(net(), net(), ["1"], ["1"], torch.randn(4, 3, 8, 8))
+    assert_feature_hooks(net(), net().eval(), ["1"], ["1"], torch.randn(4, 3, 8, 8))
+
+
+def test_an_entry_that_comes_once_for_all_samples_is_not_the_batch_size():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, position, x):
+            return self.layer(x + position)
+
+    sample = {"position": torch.randn(1, 5, 6), "x": torch.randn(4, 5, 6)}
+    assert_feature_hooks(Net(), Net(), ["layer"], ["layer"], sample)

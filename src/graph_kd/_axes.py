@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -16,30 +17,50 @@ _LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, getattr(nn, "RMSNor
 _SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
 
 
-class Channels(NamedTuple):
-    """The last layer of torch that knows its channel axis, and the shape of what it gave."""
+_COUNTS = (
+    "out_channels",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "embedding_dim",
+    "normalized_shape",
+)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A layer that knows its channels, how many they are, and what it gave."""
 
     module: nn.Module
-    axis: int
+    count: int
     shape: tuple[int, ...]
+
+    def axis_in(self, shape: tuple[int, ...]) -> int | None:
+        """Return the channel axis of a tensor made from the output; None where it is not sure.
+
+        Made without a change of shape (an activation, a residual block) or by a permutation.
+        """
+        if sorted(shape) != sorted(self.shape):
+            return None
+        if shape == self.shape and type(self.module).__module__.startswith("torch.nn.modules."):
+            return len(shape) - 1 if isinstance(self.module, _LAST) else 1
+        fitting = [axis for axis in range(1, len(shape)) if shape[axis] == self.count]
+        return fitting[0] if len(fitting) == 1 else None
 
 
 @contextmanager
 def watch_channels(
     modules: dict[str, nn.Module], layers: Sequence[str]
 ) -> Iterator[dict[str, Channels]]:
-    """Yield, for each of ``layers`` that runs, the last knowing layer that ran by then.
-
-    A layer whose output has the shape of that layer's has its channels on the same axis: an
-    activation after a convolution, or a residual block. Any other shape says nothing.
-    """
+    """Yield, for each of ``layers`` that runs, the last layer that ran by then and knows."""
     last: list[Channels] = []
     found: dict[str, Channels] = {}
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            axis = output.ndim - 1 if isinstance(module, _LAST) else 1
-            last[:] = [Channels(module, axis, tuple(output.shape))]
+            count = next(getattr(module, name) for name in _COUNTS if hasattr(module, name))
+            count = count[-1] if isinstance(count, tuple) else count
+            last[:] = [Channels(module, count, tuple(output.shape))]
 
     def keep(name: str) -> Any:
         return lambda *_: found.update({name: last[0]} if last else {})

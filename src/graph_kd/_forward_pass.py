@@ -21,9 +21,10 @@ _PASS_OF: MutableMapping[Tensor, ForwardPass] = WeakTensorKeyDictionary()
 
 
 class Use(NamedTuple):
-    """Features used with those of a partner; how often they had been read by then."""
+    """Features used with those of a partner; how often they had been read, and a copy run."""
 
     reads: int
+    copies: int
     partner: weakref.ref[Any]
 
 
@@ -36,8 +37,7 @@ class ForwardPass:
     def __init__(self, source: Source, norms: tuple[tuple[str, nn.Module], ...]) -> None:
         self.source = source
         self.norms = norms
-        self.copy_ran = False
-        self.reads = 0
+        self.reads = self.copies = 0
         self.uses: dict[Source | None, Use] = {}
         self.reads_for_heads: int | None = None
 
@@ -47,17 +47,17 @@ class ForwardPass:
         for feature in features:
             _PASS_OF[feature] = self
 
-    def use(self, role: str, partner: ForwardPass | Tensor) -> None:
-        """Note a use for one loss; refuse features that are read anew for a second step."""
-        source = partner.source if isinstance(partner, ForwardPass) else None
-        before = self.uses.get(source)
+    def refuse_stale(self, role: str, partner: ForwardPass | Tensor) -> None:
+        """Refuse features that are read anew for a second step."""
+        before = self.uses.get(_source(partner))
         if before is not None and self.reads > before.reads:
-            earlier = before.partner()
-            # Without hooks a living partner may belong to the same step (two students, say).
-            same_step = earlier is not None and source is None and not self.copy_ran
-            if earlier is not partner and not same_step:
+            copy_teaches = role == "teacher" and self.copies > before.copies
+            if copy_teaches or before.partner() is not partner:
                 raise self.stale(role)
-        self.uses[source] = Use(self.reads, weakref.ref(partner))
+
+    def use(self, partner: ForwardPass | Tensor) -> None:
+        """Note a use for one loss."""
+        self.uses[_source(partner)] = Use(self.reads, self.copies, weakref.ref(partner))
 
     def stale(self, role: str) -> RuntimeError:
         """Return the error for features of an earlier step."""
@@ -83,10 +83,14 @@ def check_fresh(student: list[Any], teacher: list[Any]) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     ours, theirs = _pass_of(student), _pass_of(teacher)
-    if theirs is not None:
-        theirs.use("teacher", student[0] if ours is None else ours)
-        if ours is not None:
-            ours.use("student", theirs)
+    if theirs is None:
+        return
+    partner = student[0] if ours is None else ours
+    theirs.refuse_stale("teacher", partner)
+    if ours is not None:
+        ours.refuse_stale("student", theirs)
+        ours.use(theirs)
+    theirs.use(partner)
 
 
 def check_estimator_fresh(teacher: list[Any]) -> None:
@@ -99,7 +103,7 @@ def check_estimator_fresh(teacher: list[Any]) -> None:
     if theirs is None:
         return
     before = theirs.reads_for_heads
-    if before is not None and theirs.copy_ran and theirs.reads > before:
+    if before is not None and theirs.copies and theirs.reads > before:
         raise theirs.stale("teacher")
     theirs.reads_for_heads = theirs.reads
 
@@ -117,3 +121,7 @@ def training_norms(features: Iterable[Any]) -> list[str]:
 def _pass_of(features: Iterable[Any]) -> ForwardPass | None:
     passes = (_PASS_OF.get(f) for f in features if isinstance(f, Tensor))
     return next((found for found in passes if found is not None), None)
+
+
+def _source(partner: ForwardPass | Tensor) -> Source | None:
+    return partner.source if isinstance(partner, ForwardPass) else None

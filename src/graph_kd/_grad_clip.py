@@ -246,10 +246,7 @@ class GatedGradClip(Optimizer):
         shared = self._shared
         shared.optimizer.zero_grad(set_to_none)
         shared.drop_cleared()
-        cleared = [p for p in _parameters(shared.optimizer) if p not in shared.left]
-        for p in cleared:
-            GATED.pop(p, None)
-        if len(cleared) == len(_parameters(shared.optimizer)):
+        if not any(p in shared.left for p in _parameters(shared.optimizer)):
             shared.step += 1
 
     def train(self) -> None:
@@ -393,7 +390,9 @@ class GatedGradClip(Optimizer):
     def _warn_if_ungated(self) -> None:
         shared = self._shared
         given = [p for p in _parameters(shared.optimizer) if p.grad is not None]
-        if shared.warned or not given or any(p in GATED for p in given):
+        # A gated gradient may be replaced before the step, or serve a second step.
+        gated = [p for p in given if GATED.pop(p, False) or shared.left_in(p)]
+        if shared.warned or not given or gated:
             return
         if all(group.get("lr") in (0, 0.0) for group in self.param_groups):
             return  # torch.distributed.checkpoint makes the state by a step that moves nothing

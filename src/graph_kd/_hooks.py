@@ -117,8 +117,8 @@ class FeatureHooks:
             return features
         if kept.record is None:
             kept.record = ForwardPass(self._source, self._norms)
-        if kept.copy_ran:
-            kept.record.copy_ran, kept.copy_ran = True, False
+        if kept.copy_runs > kept.record.copies:
+            kept.record.copies = kept.copy_runs
             kept.stale_reads += 1
             if kept.stale_reads > 1:  # a copy runs, features are read, and so on: a training loop
                 raise kept.record.stale("hooked model")
@@ -160,7 +160,7 @@ class _Kept:
     def __init__(self, layers: Iterable[str]) -> None:
         self.outputs: dict[str, list[_Output]] = {name: [] for name in layers}
         self.record: ForwardPass | None = None  # made when the features are read
-        self.copy_ran = False
+        self.copy_runs = 0
         self.stale_reads = 0  # each after another run of a copy
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -245,10 +245,10 @@ class _Begin(_Hook):
             for outputs in self.kept.outputs.values():
                 outputs.clear()
             self.kept.record = None
-            self.kept.copy_ran = False
+            self.kept.copy_runs = 0
             self.kept.stale_reads = 0
         elif self.module is not None:  # a pickle has neither
-            self.kept.copy_ran = True
+            self.kept.copy_runs += 1
 
 
 class _Keep(_Hook):

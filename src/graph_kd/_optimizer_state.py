@@ -18,7 +18,7 @@ __all__ = ["GATED", "Left", "OptimizerState", "Shared"]
 
 T = TypeVar("T")
 
-# Parameters whose gradients came from the `backward` of a wrapper, of whichever one.
+# Parameters whose gradients for the next step came from the `backward` of a wrapper, of any one.
 GATED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
@@ -85,6 +85,11 @@ class OptimizerState(HoldsProcessGroup):
         if left is None or not left.untouched(param):
             return param.grad, None, False
         return left.task, left.transfer, left.task_reaches
+
+    def left_in(self, param: Tensor) -> bool:
+        """Return whether ``param.grad`` is what `backward` left, clipped or unscaled since."""
+        left = self.left.get(param)
+        return left is not None and left.merged is param.grad
 
     def drop_cleared(self) -> None:
         """Drop the sums of gradients that were cleared or changed."""

@@ -164,12 +164,12 @@ class _Side:
         if isinstance(select, list | tuple):
             select = select[list(self.layers).index(layer)]
         found = None if callable(select) else self.channels.get(layer)
-        if found is not None and found.shape == shape and found.axis != axis:
+        there = None if found is None else found.axis_in(shape)
+        if found is not None and there is not None and there != axis:
             raise AssertionError(
                 f"{where} gave shape {shape}: axis {axis}, where the loss looks for the channels, "
-                f"has {shape[axis]} entries, but {type(found.module).__name__} gives "
-                f"{shape[found.axis]} channels, on axis {found.axis}. "
-                f"{self.fix(feature, found.axis)}"
+                f"has {shape[axis]} entries, but {type(found.module).__name__} gives {found.count} "
+                f"channels, on axis {there}. {self.fix(feature, there)}"
             )
 
     def check_batch_axis(self, sample: Any, size: int) -> None:
