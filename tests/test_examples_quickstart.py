@@ -77,3 +77,22 @@ def test_wrong_flag_fails_clearly(flags, message, tmp_path, capsys, monkeypatch)
         quickstart.main()
     assert message in f"{capsys.readouterr().err}{end.value}"
     assert not (tmp_path / "none").exists()
+
+
+def test_forms_of_own_heads_are_compared_with_one_line_a_student(tmp_path):
+    script, out = SCRIPT.with_name("own_heads.py"), tmp_path / "own_heads.jsonl"
+    flags = ["--seeds", "1", "--steps", "2", "--head-steps", "2", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), *flags],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len({record["row"] for record in records}) == len(records) > 10
+    for record in records:
+        assert f"| {record['row']} | {record['accuracy']:.1f} |" in done.stdout
+        assert {"seed", "split", "bound", "squash", "environment"} <= set(record)
+    assert any(record["teacher"] == "untrained" for record in records)

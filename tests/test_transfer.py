@@ -396,7 +396,9 @@ def test_the_heads_notice_that_a_copy_of_the_teacher_runs():
 def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
     loss, (student, of_student), (teacher, of_teacher) = make(), hooked(1), hooked(2)
     student(IMAGES[0]), teacher(IMAGES[0])
-    with pytest.warns(UserWarning, match=r"teacher is in training mode \(see '1'\).*teacher\.eval\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"teacher is in training mode \(see '1'\).*teacher\.eval\(\)"
+    ):
         loss(of_student, of_teacher)
     loss.estimator_loss(of_teacher)
     with pytest.warns(UserWarning, match="is in training mode"):
