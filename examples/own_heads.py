@@ -1,6 +1,6 @@
 """Compare forms of a student's own attention heads with the paper's form, on 8×8 digits.
 
-    python examples/own_heads.py --split dev --first-seed 100 --seeds 5
+    python examples/own_heads.py --split dev --first-seed 100 --seeds 3
 
 Data, networks, schedule and optimizer are those of `quickstart.py`: two labels a class, the other
 images without. Each row changes one setting of the own heads (or of the paper's form). The control
@@ -74,7 +74,7 @@ class Config:
 
     out: Path = flag(Path("runs/own_heads.jsonl"), "file of one JSON line a student")
     split: Literal["test", "dev"] = flag("dev", "images that measure")
-    seeds: int = flag(5, "runs of each row")
+    seeds: int = flag(3, "runs of each row")
     first_seed: int = flag(100, "seeds count up from here")
     steps: int = flag(200, "steps of the teacher, and of each student")
     head_steps: int = flag(150, "steps of the teacher's heads")

@@ -49,7 +49,6 @@ def check_floating(name: str, value: Any) -> Tensor:
         raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
     if not torch.is_floating_point(value):
         convert = ".dequantize()" if value.is_quantized else ".float()"
-        convert = ".abs()" if value.is_complex() else convert
         raise TypeError(
             f"`{name}` must be a floating-point tensor; got {value.dtype}. "
             f"Convert it with `{convert}`."
