@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import quickstart as digits
 import torch
@@ -137,7 +137,13 @@ def run(config: Config) -> None:
     settings = digits.Config(
         teacher_steps=config.steps, student_steps=config.steps, head_steps=config.head_steps
     )
-    accuracies: dict[str, list[float]] = {name: [] for name in ROWS}
+    about: dict[str, Any] = {
+        "split": config.split,
+        "steps": config.steps,
+        "head_steps": config.head_steps,
+    }
+    about["environment"] = environment(CPU)
+    records = []
     config.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(config.first_seed, config.first_seed + config.seeds):
         few = digits.take_per_class(train, settings.labels, torch.Generator().manual_seed(seed))
@@ -145,16 +151,23 @@ def run(config: Config) -> None:
         for name, form in tqdm(ROWS.items(), desc=f"seed {seed}"):
             teacher, heads = teachers[form.teacher, form.k]
             student = train_student(form, teacher, heads, few, train, seed, settings)
-            accuracies[name].append(digits.accuracy(student, measured))
-            record = {"row": name, "seed": seed, "split": config.split, **asdict(form)}
-            record |= {"accuracy": accuracies[name][-1], "steps": config.steps}
-            record |= {"head_steps": config.head_steps, "environment": environment(CPU)}
+            accuracy = digits.accuracy(student, measured)
+            records.append(
+                {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form)} | about
+            )
             with config.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-    print(f"| {config.split} split, n = {config.seeds} | accuracy, % |\n| --- | --- |")
-    for name, values in accuracies.items():
+                file.write(json.dumps(records[-1]) + "\n")
+    print(table(records))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return Markdown with a line a row: mean ± standard deviation over seeds."""
+    lines = ["| form | accuracy, % |", "| --- | --- |"]
+    for row in dict.fromkeys(record["row"] for record in records):
+        values = [record["accuracy"] for record in records if record["row"] == row]
         sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        print(f"| {name} | {statistics.mean(values):.1f}{sd} |")
+        lines.append(f"| {row} | {statistics.mean(values):.1f}{sd} ({len(values)}) |")
+    return "\n".join(lines)
 
 
 def teachers_of(

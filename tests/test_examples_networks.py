@@ -67,7 +67,7 @@ def test_width_scales_every_channel_count(name, width):
 
 @pytest.mark.parametrize(("student", "teacher"), TEACHERS.items())
 def test_student_can_learn_the_graphs_of_its_teacher(student, teacher):
-    student, teacher = small(student), small(teacher)
+    student, teacher = small(student), small(teacher).eval()
     assert student.channels == teacher.channels
     images = torch.randn(4, 3, 32, 32)
     points = student.sensing_points, teacher.sensing_points

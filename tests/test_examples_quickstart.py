@@ -93,6 +93,6 @@ def test_forms_of_own_heads_are_compared_with_one_line_a_student(tmp_path):
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len({record["row"] for record in records}) == len(records) > 10
     for record in records:
-        assert f"| {record['row']} | {record['accuracy']:.1f} |" in done.stdout
+        assert f"| {record['row']} | {record['accuracy']:.1f} (1) |" in done.stdout
         assert {"seed", "split", "bound", "squash", "environment"} <= set(record)
     assert any(record["teacher"] == "untrained" for record in records)

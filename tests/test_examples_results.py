@@ -1,11 +1,13 @@
 """The committed results are what the scripts make of the committed records."""
 
+import json
 import re
 import shlex
 import shutil
 import sys
 from unittest import mock
 
+import own_heads
 import pytest
 import reproduce
 from readme import README
@@ -38,6 +40,11 @@ def test_tables_are_made_of_the_records_beside_them(command, tmp_path, monkeypat
     with mock.patch.object(sys, "argv", [*words, "--render-only"]):
         reproduce.main()
     assert {path: path.read_bytes() for path in tables} == tables
+
+
+def test_the_table_of_own_heads_is_made_of_its_records():
+    lines = (ROOT / "examples/results/own_heads_digits_dev.jsonl").read_text("utf-8").splitlines()
+    assert own_heads.table([json.loads(line) for line in lines]) in PAGE
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "examples" / "README.md"])
