@@ -161,7 +161,7 @@ def test_every_script_shows_the_same_sensing_points_in_both_networks():
         assert teacher.sensing_points == student.sensing_points
         assert teacher.channels == student.channels
         settings = Settings(bound=3.0, gate="sigmoid", num_heads=3)
-        loss = experiment.transfer_loss(student.channels, "tanh", settings)
+        loss = experiment.transfer_loss(student.channels, None, "tanh", settings)
         assert (loss.channels, loss.squash) == (student.channels, "tanh")
         assert {e.num_heads for e in loss.estimators} == {3}
         optimizer = experiment.gated_optimizer(list(student.parameters()), settings)
