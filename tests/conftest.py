@@ -13,5 +13,5 @@ settings.register_profile(
 )
 settings.load_profile("graph-kd")
 torch.set_num_threads(min(2, torch.get_num_threads()))
-# oneDNN's backward pass of the scripts' narrowest convolutions hangs or aborts at times (torch 2.13).
+# oneDNN's backward pass of the narrowest convolutions here hangs or aborts at times.
 torch.backends.mkldnn.set_flags(False)
