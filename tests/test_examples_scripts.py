@@ -235,7 +235,7 @@ def progress(out):
 
 
 def test_killed_at_random_moments_it_ends_the_same(data, tmp_path):
-    flags = ["--data-dir", data, *SMALL, "--epochs", "12", "--threads", "1"]
+    flags = ["--data-dir", data, *SMALL, "--epochs", "4", "--threads", "1"]
     flags += ["--method", "mhgd", "--checkpoint-seconds", "0"]
 
     def start(out):
