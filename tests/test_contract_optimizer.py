@@ -1046,7 +1046,7 @@ def assert_one_state(shell, original):
         assert getattr(shell, name) == getattr(original, name), name
     ours, theirs = (GatedGradClip.state_dict(optimizer) for optimizer in (shell, original))
     assert ours.keys() == theirs.keys()
-    assert ours.get("transfer_scale") == theirs.get("transfer_scale")
+    assert ours.get("skipped") == theirs.get("skipped")
     assert ours["param_groups"] == theirs["param_groups"]
 
 
@@ -1075,7 +1075,7 @@ def test_a_shell_and_its_original_are_one_optimizer(shell, way, make):
 
 
 @shells
-def test_skipped_and_scale_are_those_of_the_shell_too(shell):
+def test_skipped_is_that_of_the_shell_too(shell):
     net = network()
     original = GatedGradClip(SGD(net.parameters(), lr=0.1))
     shelled = shell(original)
@@ -1085,11 +1085,9 @@ def test_skipped_and_scale_are_those_of_the_shell_too(shell):
         optimizer.backward(task, transfer * float("inf"))
         assert_one_state(shelled, original)
         assert original.skipped == count
-        assert original.state_dict()["transfer_scale"] == 0.5**count
     for target, source in both_ways(shelled, original):
         target.load_state_dict({**SGD(net.parameters(), lr=0.1).state_dict(), "skipped": 7})
         assert source.skipped == 7
-        assert "transfer_scale" not in source.state_dict()
     for setting, value in {"gate": closed, "scope": "global", "skipped": 2}.items():
         setattr(shelled, setting, value)
         assert getattr(original, setting) == value
@@ -1267,7 +1265,7 @@ def test_a_resumed_optimizer_does_not_warn(make):
 # What frameworks do to an optimizer.
 
 
-def test_loading_a_plain_state_dict_resets_scale_and_count(make):
+def test_loading_a_plain_state_dict_resets_the_count(make):
     net = network()
     optimizer = GatedGradClip(make(net.parameters()))
     plain = make(net.parameters()).state_dict()
@@ -1276,13 +1274,12 @@ def test_loading_a_plain_state_dict_resets_scale_and_count(make):
         task, transfer = losses(net, seed)
         optimizer.backward(task, transfer * float("nan"))
     state = through_file(optimizer.state_dict())
-    assert (state["skipped"], state["transfer_scale"]) == (2, 0.25)
+    assert state["skipped"] == 2
     optimizer.load_state_dict(plain)
     assert optimizer.skipped == 0
     assert set(optimizer.state_dict()) == {"state", "param_groups"}
     optimizer.load_state_dict(state)
     assert optimizer.skipped == 2
-    assert optimizer.state_dict()["transfer_scale"] == 0.25
     make(net.parameters()).load_state_dict(state)  # the plain one leaves the rest alone
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from parts.bench_limit import ToldTheSpectrum
 from parts.decompositions import DECOMPOSITIONS, gram
 from parts.timing import median_ratio, paired_seconds, peak_memory
 from torch import Tensor
@@ -27,7 +26,6 @@ __all__ = ["Point", "measure_vectors", "small_gaps"]
 
 Decompose = Callable[[Tensor, int], Tensor]
 BARE = "bare Gram"
-TOLD = "graph-kd, told the spectrum"
 CANDIDATES = 4
 GAP = 0.01  # relative gap from which a vector counts as isolated
 RATIO = 1.015  # between neighbouring singular values of the synthetic maps
@@ -68,12 +66,7 @@ def measure_vectors(
     steps: dict[str, list[Callable[[], Tensor]]] = {BARE: [partial(_bare, p) for p in points]}
     errors: dict[str, dict[str, float]] = {BARE: {}}
     failed = []
-    told = ToldTheSpectrum()
-    for point in points:
-        told.learn(_rows(point.teacher), 1)
-        told.learn(_rows(point.student), _candidates(point.student))
-    ways: dict[str, Decompose] = {**DECOMPOSITIONS, TOLD: told}
-    for name, decompose in ways.items():
+    for name, decompose in DECOMPOSITIONS.items():
         found = _errors(decompose, points)
         if isinstance(found, str):
             failed.append({"method": name, "fails": found})

@@ -5,10 +5,11 @@ The modules read top to bottom as the method does: `SVDFeature` compresses featu
 student, `GatedGradClip` merges the gradient with the task's. `FeatureHooks` reads the features.
 """
 
+from graph_kd._align import align_singular_vectors
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._grad_clip import GatedGradClip
 from graph_kd._hooks import FeatureHooks
-from graph_kd._svd import SVDFeature, align_singular_vectors
+from graph_kd._svd import SVDFeature
 from graph_kd._transfer import GraphTransferLoss
 
 __all__ = [

@@ -70,9 +70,8 @@ def gradients_of(
     held: int,
     *,
     retain_graph: bool = False,
-    scale: float = 1.0,
 ) -> list[Tensor | None]:
-    """Return the gradients of ``loss``, taken of scale · loss and divided by the scale.
+    """Return the gradients of ``loss``.
 
     The first ``held`` leaves are the optimizer's; the loss must reach one of them.
     """
@@ -84,7 +83,7 @@ def gradients_of(
                 gradients = torch.autograd.grad(
                     loss,
                     leaves,
-                    torch.full_like(loss, scale),
+                    torch.ones_like(loss),
                     retain_graph=retain_graph,
                     allow_unused=True,
                 )
@@ -110,6 +109,4 @@ def gradients_of(
                 f"{tuple(leaves[place].shape)} gets a sparse one. Build the embedding with "
                 "sparse=False."
             )
-    if scale == 1:
-        return list(gradients)
-    return [None if gradient is None else gradient / scale for gradient in gradients]
+    return list(gradients)

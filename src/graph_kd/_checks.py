@@ -8,7 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_count", "check_floating", "check_positive"]
+__all__ = [
+    "check_bool",
+    "check_choice",
+    "check_count",
+    "check_finite",
+    "check_floating",
+    "check_positive",
+]
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {value!r}.")
+    return value
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
@@ -54,3 +68,15 @@ def check_floating(name: str, value: Any) -> Tensor:
             f"Convert it with `{convert}`."
         )
     return value
+
+
+def check_finite(rows_bnc: Tensor, name: str) -> None:
+    """Refuse NaN and infinity; waits for the device."""
+    finite = torch.isfinite(rows_bnc).all(dim=2).all(dim=1)
+    if not bool(finite.all()):
+        samples = torch.nonzero(~finite).flatten().tolist()
+        raise ValueError(
+            f"`{name}` must be finite; got NaN or infinity in {len(samples)} of "
+            f"{len(finite)} samples (the first is {samples[0]}). Look for the layer or the "
+            f"step that diverged, or lower the learning rate."
+        )

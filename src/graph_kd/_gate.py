@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -25,7 +25,7 @@ class Merged(NamedTuple):
 
     gradients: list[Tensor | None]
     factors: Tensor
-    finite: bool
+    finite: bool | Tensor
 
 
 def merge_gradients(
@@ -36,6 +36,7 @@ def merge_gradients(
     scope: Scope,
     bound: float,
     task_reaches: Sequence[bool] | None = None,
+    capturable: bool = False,
 ) -> Merged:
     """Return task + factor · transfer as new tensors, None where both are None.
 
@@ -45,10 +46,13 @@ def merge_gradients(
 
     ``task_reaches`` tells where the task gradient is one, by default wherever it is not None. Where
     it is not, and is zero, the norm of all task gradients takes the place of its own.
+
+    The host looks once whether all is finite; if ``capturable`` not at all, and ``finite`` is a
+    tensor.
     """
     reached = [n for n, gradient in enumerate(transfer) if gradient is not None]
     if not reached:
-        return Merged([_blend(gradient, None, None) for gradient in task], torch.zeros(0), True)
+        return Merged([_clone(gradient) for gradient in task], torch.zeros(0), True)
     if task_reaches is None:
         task_reaches = [gradient is not None for gradient in task]
     transfer_norm = gradient_norms([transfer[n] for n in reached])
@@ -64,30 +68,40 @@ def merge_gradients(
             [norm if reaches else torch.where(norm > 0, norm, whole) for norm, reaches in own]
         )
 
-    finite, factors = bool(torch.isfinite(transfer_norm).all()), torch.zeros_like(transfer_norm)
-    if finite:
-        factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
-        # The named gates are finite then; to look would be one more sync.
-        finite = not callable(gate) or bool(torch.isfinite(factors).all())
-    if not finite:
-        factors = torch.zeros_like(transfer_norm)
-    factor_of = dict(zip(reached, factors.expand(len(reached)), strict=True)) if finite else {}
-    gradients = [
-        _blend(*pair, factor_of.get(n)) for n, pair in enumerate(zip(task, transfer, strict=True))
-    ]
+    factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
+    good = torch.isfinite(transfer_norm).all() & torch.isfinite(factors).all()
+    finite: bool | Tensor = good if capturable else bool(good)
+    if finite is not True:
+        factors = torch.where(good, factors, 0)
+    gated = {} if finite is False else _gated(transfer, reached, factors, finite)
+    both = [n for n in gated if task[n] is not None]
+    sums: Sequence[Tensor] = []
+    if both:
+        sums = torch._foreach_add([cast(Tensor, task[n]) for n in both], [gated[n] for n in both])
+    gated.update(zip(both, sums, strict=True))
+    gradients = [gated[n] if n in gated else _clone(gradient) for n, gradient in enumerate(task)]
     return Merged(gradients, factors, finite)
 
 
-def _blend(task: Tensor | None, transfer: Tensor | None, factor: Tensor | None) -> Tensor | None:
-    if transfer is None or factor is None:
-        # A clone: autograd may give two parameters the same memory, and `p.grad` is changed in
-        # place by those who clip or unscale it.
-        return None if task is None else task.clone()
-    precise = torch.promote_types(transfer.dtype, factor.dtype)
-    gated = (transfer.to(precise) * factor.to(transfer.device)).to(transfer.dtype)
-    if task is None:
-        return gated
-    return gated.add_(task) if gated.dtype == task.dtype else task + gated
+def _clone(gradient: Tensor | None) -> Tensor | None:
+    """Return new memory: autograd may give two parameters the same, and `p.grad` is changed."""
+    return None if gradient is None else gradient.clone()
+
+
+def _gated(
+    transfer: Sequence[Tensor | None],
+    reached: list[int],
+    factors: Tensor,
+    finite: bool | Tensor,
+) -> dict[int, Tensor]:
+    """Return factor · transfer of those that are not None, zero where not all is finite."""
+    given = [cast(Tensor, transfer[n]) for n in reached]
+    each = [f.to(t.device) for f, t in zip(factors.expand(len(given)), given, strict=True)]
+    precise = [t.to(torch.promote_types(t.dtype, factors.dtype)) for t in given]
+    gated = list(torch._foreach_mul(precise, each))
+    if isinstance(finite, Tensor):
+        gated = [torch.where(finite.to(g.device), g, 0) for g in gated]
+    return {n: g.to(t.dtype) for n, g, t in zip(reached, gated, given, strict=True)}
 
 
 def gate_factors(task_norm: Tensor, transfer_norm: Tensor, gate: Gate, *, bound: float) -> Tensor:
@@ -120,10 +134,6 @@ def gradient_norms(gradients: Sequence[Tensor | None]) -> Tensor:
     given = [gradient for gradient in gradients if gradient is not None]
     dtype = reduce(torch.promote_types, (g.dtype for g in given), torch.float32)
     device = given[0].device if given else None
-    norms = [
-        torch.zeros((), dtype=dtype, device=device)
-        if gradient is None
-        else torch.linalg.vector_norm(gradient, dtype=dtype).to(device)
-        for gradient in gradients
-    ]
-    return torch.stack(norms)
+    none = torch.zeros((), dtype=dtype, device=device)
+    norms = iter(torch._foreach_norm([g.to(dtype) for g in given]) if given else ())
+    return torch.stack([none if g is None else next(norms).to(device) for g in gradients])

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from graph_kd._autograd import check_loss, check_plain_parameter, find_leaves, gradients_of
-from graph_kd._checks import check_choice, check_positive
+from graph_kd._checks import check_bool, check_choice, check_positive
 from graph_kd._distributed import (
     average_over_processes,
     check_equal_leaves,
@@ -37,8 +38,7 @@ class GatedGradClip(Optimizer):
 
     One step:
 
-    1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other; of
-       the transfer loss scaled down by a power of two, once it has overflowed (float16).
+    1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
     2. Given a process group, both are averaged over it.
     3. They are added to what `backward` was given since the last `zero_grad`. What stands in
        ``p.grad`` and was not left there by this wrapper, untouched, counts as task gradient.
@@ -55,12 +55,9 @@ class GatedGradClip(Optimizer):
     transfer loss it can swamp the task (a small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite never reaches the parameters: that step uses the task's
-    alone, and `skipped` counts it. `GradScaler` does not see such a step, and the transfer gradient
-    is often many times the task's; so the scale of step 1 is halved then, and doubled again, up to
-    one, after 2000 good steps. It is a power of two, undone in the parameters' precision.
-    `state_dict` has it whenever it is not 1, and `skipped` whenever it is not 0. Under `GradScaler`
-    both losses are scaled alike, which changes neither gate; a callable sees the scaled norms.
-    Scaling only one of them (a `GradScaler` on the task alone) changes the gate.
+    alone, and `skipped` counts it. `state_dict` has the count whenever it is not 0. Under
+    `GradScaler` both losses are scaled alike, which changes neither gate; a callable sees the
+    scaled norms. Scaling only one of them (a `GradScaler` on the task alone) changes the gate.
 
     A leaf that the losses reach and the optimizer does not hold (a head of a second optimizer, a
     learned prompt) gets what ``.backward()`` would give it, gated in the same way; `zero_grad` does
@@ -68,15 +65,16 @@ class GatedGradClip(Optimizer):
     a node; those that a custom function keeps to itself are not found.
 
     Frameworks that copy this object or mix its class with theirs (Lightning, Fabric, accelerate)
-    share its state: settings, `gates`, `skipped`, the scale and the sums are the same in all.
+    share its state: settings, `gates`, `skipped` and the sums are the same in all.
 
     A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
     compiled. With inductor run under ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1`` besides: a cache
     entry of an earlier run with donated buffers makes the second gradient wrong without an error.
 
-    `backward` syncs once, to look for infinities. Two copies of the gradients are held from it to
-    `zero_grad`; clearing ``p.grad.data`` behind autograd's back is not noticed. Gradient hooks of
-    tensors and modules run once a loss, ``register_post_accumulate_grad_hook`` not at all, as with
+    `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
+    gradients are held from it to `zero_grad`; clearing ``p.grad.data`` behind autograd's back is
+    not noticed. Gradient hooks of tensors and modules run once a loss,
+    ``register_post_accumulate_grad_hook`` not at all, as with
     any `torch.autograd.grad`. Step hooks registered for all optimizers at once
     (`register_optimizer_step_pre_hook`) fire for the wrapper and for the wrapped optimizer. Sparse
     gradients are refused.
@@ -96,12 +94,15 @@ class GatedGradClip(Optimizer):
             `no_sync()`. Among several processes it is required: the second gradient of a step
             passes DDP by and would silently stay local. Its processes must reach the same leaves
             outside the optimizer; one without a transfer loss counts with zero.
+        capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
+            `skipped` is a tensor on the device then, and always in `state_dict`. A captured
+            `backward` keeps the gate, bound and losses that it was captured with.
 
     Attributes:
         gates: The factors last applied, one for each parameter that the transfer loss reaches, in
             the order of the param groups, then of leaves outside the optimizer, or a single one
             for ``scope="global"``; none if there was no transfer loss. Reading them syncs.
-        skipped: Steps whose transfer gradient was not finite. Count.
+        skipped: Steps whose transfer gradient was not finite. Count; capturable: a scalar tensor.
 
     Raises:
         TypeError: ``optimizer`` is no torch optimizer, or holds sharded parameters (FSDP1, FSDP2)
@@ -126,7 +127,8 @@ class GatedGradClip(Optimizer):
     scope: Shared[Scope] = Shared()
     bound: Shared[float] = Shared()
     process_group: Shared[dist.ProcessGroup | None] = Shared()
-    skipped: Shared[int] = Shared()
+    skipped: Shared[int | Tensor] = Shared()
+    capturable: Shared[bool] = Shared()
     _shared: OptimizerState
 
     def __init__(
@@ -137,6 +139,7 @@ class GatedGradClip(Optimizer):
         scope: Scope = "parameter",
         bound: float = 1.0,
         process_group: dist.ProcessGroup | None = None,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -146,8 +149,13 @@ class GatedGradClip(Optimizer):
         check_choice("scope", scope, SCOPES, or_callable=False)
         bound = check_positive("bound", bound)
         process_group = check_process_group(process_group)
-        _trained_parameters(optimizer)  # what can not be trained is told before the first step
-        self.__setstate__({"_shared": OptimizerState(optimizer, gate, scope, bound, process_group)})
+        check_bool("capturable", capturable)
+        params = _trained_parameters(optimizer)  # what can not be trained is told before a step
+        state = OptimizerState(optimizer, gate, scope, bound, process_group, capturable)
+        if capturable:
+            device = params[0].device if params else None
+            state.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.__setstate__({"_shared": state})
 
     def backward(self, task_loss: Tensor, transfer_loss: Tensor | None = None) -> None:
         """Leave the merged gradient of the two scalar losses in every ``p.grad``.
@@ -180,9 +188,7 @@ class GatedGradClip(Optimizer):
         )
         new_transfer: list[Tensor | None] = [None] * len(params)
         if transfer_loss is not None:
-            new_transfer = gradients_of(
-                "transfer_loss", transfer_loss, params, held, scale=shared.scale
-            )
+            new_transfer = gradients_of("transfer_loss", transfer_loss, params, held)
         if group is not None:
             new_task = average_over_processes(new_task, params, group)
             new_transfer = average_over_processes(new_transfer, params, group)
@@ -200,6 +206,7 @@ class GatedGradClip(Optimizer):
             scope=shared.scope,
             bound=shared.bound,
             task_reaches=reaches,
+            capturable=shared.capturable,
         )
 
         if any(gradient is not None for gradient in transfer):
@@ -264,18 +271,16 @@ class GatedGradClip(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state_dict: either of the two loads it.
 
-        After a transfer gradient that was not finite it has "skipped" besides, and while the scale
-        of the transfer loss is not one, "transfer_scale" and "steps_since_overflow"; see the class.
+        After a transfer gradient that was not finite it has "skipped" besides.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         shared = self._shared
         state_dict = shared.optimizer.state_dict()
-        if shared.skipped > 0:
+        if isinstance(shared.skipped, Tensor):  # to look at it would sync
+            state_dict["skipped"] = shared.skipped.clone()
+        elif shared.skipped:
             state_dict["skipped"] = shared.skipped
-        if shared.scale != 1:
-            state_dict["transfer_scale"] = shared.scale
-            state_dict["steps_since_overflow"] = shared.steps_since_overflow
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -289,9 +294,11 @@ class GatedGradClip(Optimizer):
             state_dict = state_dict if changed is None else changed
         shared = self._shared
         shared.optimizer.load_state_dict(state_dict)
-        shared.skipped = state_dict.get("skipped", 0)
-        shared.scale = state_dict.get("transfer_scale", 1.0)
-        shared.steps_since_overflow = state_dict.get("steps_since_overflow", 0)
+        skipped = state_dict.get("skipped", 0)
+        if isinstance(shared.skipped, Tensor):  # in place: a captured step counts there
+            shared.skipped.copy_(torch.as_tensor(skipped))
+        else:
+            shared.skipped = int(skipped)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -372,20 +379,16 @@ class GatedGradClip(Optimizer):
             check_plain_parameter("a tensor that it does not hold", leaf)
         return outside
 
-    def _count(self, finite: bool, continues: bool) -> None:
-        """Count a skipped step once; halve the scale after it, double it after a long peace."""
+    def _count(self, finite: bool | Tensor, continues: bool) -> None:
+        """Count a skipped step, once however many losses it accumulates."""
         shared = self._shared
-        first_overflow = not finite and not (continues and shared.skipping)
-        shared.skipped += first_overflow
-        shared.skipping = not finite
-        if first_overflow:
-            shared.scale = max(shared.scale / 2, LEAST_SCALE)
-            shared.steps_since_overflow = 0
-        elif not continues and shared.scale < 1:
-            shared.steps_since_overflow += 1
-            if shared.steps_since_overflow == SCALE_GROWTH_INTERVAL:
-                shared.scale *= 2
-                shared.steps_since_overflow = 0
+        if isinstance(finite, Tensor) and isinstance(shared.skipped, Tensor):
+            again = shared.skipping if continues else False
+            shared.skipping = ~finite
+            shared.skipped.add_((~finite & ~again) if isinstance(again, Tensor) else ~finite)
+        else:
+            shared.skipped += not finite and not (continues and shared.skipping)
+            shared.skipping = not finite
 
     def _warn_if_ungated(self) -> None:
         shared = self._shared

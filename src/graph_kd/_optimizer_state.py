@@ -60,15 +60,14 @@ class OptimizerState(HoldsProcessGroup):
     scope: Scope
     bound: float
     process_group: dist.ProcessGroup | None
-    skipped: int = 0
-    scale: float = 1.0
-    steps_since_overflow: int = 0
+    capturable: bool = False
+    skipped: int | Tensor = 0
     warned: bool = False
     # By weak reference: an input that requires gradient goes with its batch.
     left: MutableMapping[Tensor, Left] = field(default_factory=WeakTensorKeyDictionary)
     step: int = 0
     factors: Tensor | None = None
-    skipping: bool = False
+    skipping: bool | Tensor = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

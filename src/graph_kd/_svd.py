@@ -1,23 +1,24 @@
 """Compress feature maps to their top right singular vectors (Lee & Song 2019, step 1).
 
 Axes: ``b`` sample, ``c`` channel, ``h w`` space, ``n`` position (all of space, flattened), ``k``
-singular vector.
+singular vector, ``j`` one that is used, ``s`` row of the Gram matrix of the shorter side.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import repeat
 from torch import Tensor, nn
 
-from graph_kd._checks import check_count, check_floating
+from graph_kd._checks import check_count, check_finite
 from graph_kd._features import to_rows
-from graph_kd._svd_exact import Decomposition, decompose, gradient_of_vectors, null_vectors
-from graph_kd._svd_fast import check_finite, top_vectors, top_vectors_gradient
+from graph_kd._leading import fast_gradient, fast_vectors
+from graph_kd._precision import has_float64, whole_float32
+from graph_kd._svd_exact import exact_gradient, exact_vectors
 
-__all__ = ["SVDFeature", "align_singular_vectors"]
+__all__ = ["SVDFeature", "TopVectors", "top_singular_vectors"]
 
 
 class SVDFeature(nn.Module):
@@ -82,132 +83,184 @@ class SVDFeature(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the top-k right singular vectors, ``b k c``."""
         rows_bnc = to_rows(features, channel_dim=self.channel_dim)
-        vectors, _null = top_singular_vectors(rows_bnc, self.k)
-        return vectors
+        (found,) = top_singular_vectors([rows_bnc], [self.k], ["features"])
+        return found.vectors()
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
         return f"k={self.k}, channel_dim={self.channel_dim}"
 
 
-def align_singular_vectors(
-    student: Tensor, teacher: Tensor, *, null: Tensor | None = None
-) -> Tensor:
-    """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
-
-    Singular vectors come with a free sign, and a student orders them by its own singular values;
-    both are removed before the graphs are compared.
-
-    Equation: method step 2; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
-    V_S = [a_k v_S,i_k].
-
-    Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
-    a zero vector), of exactly tied vectors the first is taken (the source adds them), and ``null``
-    vectors are no candidates.
-
-    Gradient flows to the student alone; the choice and the sign are constants.
-
-    Args:
-        student: Unit singular vectors of the student, the candidates.
-        teacher: Unit singular vectors of the teacher, the targets.
-        null: Which student vectors have a singular value of zero. They are arbitrary, and are
-            chosen only where a sample has no other.
+class TopVectors(NamedTuple):
+    """Hold the top singular vectors of a batch of maps, and what their gradient needs.
 
     Shape:
-        - student: ``b i c``
-        - teacher: ``b k c``
-        - null: ``b i``, bool
-        - returns: ``b k c``
-
-    Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: an argument is not of rank 3, or batch or channels differ.
+        - all: unit vectors with canonical signs, ``b k c``, without gradient
+        - null: whether the singular value is zero up to rounding, ``b k``
+        - values: squared singular values, largest first, ``b k``; float64 maps: ``b s``, scaled
+        - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: its eigenvectors
+        - doubtful: which samples want float64, ``b``; unless capturable, on the host, and they have
+          got it
+        - rows: the maps, ``b n c``
     """
-    check_floating("student", student)
-    check_floating("teacher", teacher)
-    if (
-        student.ndim != 3
-        or teacher.ndim != 3
-        or student.shape[0] != teacher.shape[0]
-        or student.shape[2] != teacher.shape[2]
-    ):
-        raise ValueError(
-            "`student` and `teacher` must have axes (b, i, c) and (b, k, c) with the same b and c; "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
-        )
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
-        cosine = einsum(teacher.to(dtype), student.to(dtype), "b k c, b i c -> b k i")
-        # Of orthogonal vectors rounding alone would decide.
-        cosine = torch.where(cosine.abs() > torch.finfo(dtype).eps ** 0.75, cosine, 0)
-        closeness = cosine.abs()
-        if null is not None:
-            closeness = closeness.masked_fill(rearrange(null, "b i -> b 1 i"), -1)
-        choice = closeness.argmax(dim=-1, keepdim=True)
-        chosen = cosine.gather(-1, choice)
-        sign = torch.where(chosen < 0, -1, 1).to(student.dtype)
-    return sign * student.gather(1, choice.expand(-1, -1, student.shape[2]))
+
+    all: Tensor
+    null: Tensor
+    values: Tensor
+    basis: Tensor
+    doubtful: Tensor
+    rows: Tensor
+    capturable: bool
+
+    def vectors(self, index: Tensor | None = None) -> Tensor:
+        """Return the vectors, or those of an index ``b j``, with their gradient, ``b j c``."""
+        if index is None:
+            index = torch.arange(self.all.shape[1], device=self.all.device)
+            index = repeat(index, "k -> b k", b=len(self.all))
+        *found, rows, capturable = self
+        vectors: Tensor = _WithGradient.apply(rows, index, *found, capturable)  # type: ignore[no-untyped-call] # torch's own method has no types
+        return vectors
 
 
 def top_singular_vectors(
-    rows_bnc: Tensor, k: int, *, name: str = "features"
-) -> tuple[Tensor, Tensor]:
-    """Return the top-k right singular vectors of each matrix, ``b k c``; see `SVDFeature`.
-
-    The second tensor, ``b k``, says which have a singular value of zero up to rounding.
-    """
-    _, n, c = rows_bnc.shape
-    if k > min(n, c):
-        raise ValueError(
-            f"`k` must be at most min(positions, channels) = {min(n, c)} for `{name}`; got {k}."
-        )
-    if rows_bnc.dtype != torch.float64 and len(rows_bnc):
-        fast: tuple[Tensor, Tensor] = _FastVectors.apply(rows_bnc, k, name)  # type: ignore[no-untyped-call] # torch's own method has no types
-        return fast
-    # The check waits for the device; a compiled graph can not branch on data and goes without it.
-    if not torch.compiler.is_compiling():
-        check_finite(rows_bnc.detach(), name)
-    vectors, null = _ExactVectors.apply(rows_bnc, k)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return (vectors if rows_bnc.dtype == torch.float64 else vectors.float()), null
+    maps: list[Tensor], counts: list[int], names: list[str], *, capturable: bool = False
+) -> list[TopVectors]:
+    """Return the top singular vectors of several batches ``b n c`` at once; see `SVDFeature`."""
+    for rows, k, name in zip(maps, counts, names, strict=True):
+        if k > (most := min(rows.shape[1:])):
+            raise ValueError(
+                f"`k` must be at most min(positions, channels) = {most} for `{name}`; got {k}."
+            )
+    with torch.no_grad():
+        found = _find([rows.detach() for rows in maps], counts, names, capturable)
+    return [
+        TopVectors(*found[5 * i : 5 * i + 5], rows, capturable)  # type: ignore[call-arg] # five
+        for i, rows in enumerate(maps)
+    ]
 
 
-class _FastVectors(torch.autograd.Function):
-    """Subspace iteration and its derivative, for float32 and below."""
+# The two operations whose course depends on the content of the maps are opaque to `torch.compile`.
+@torch.library.custom_op(
+    "graph_kd::top_vectors",
+    mutates_args=(),
+    schema="(Tensor[] maps, int[] counts, str[] names, bool capturable) -> Tensor[]",
+)
+def _find(
+    maps: list[Tensor], counts: list[int], names: list[str], capturable: bool
+) -> list[Tensor]:
+    """Return the first five of `TopVectors`, map after map."""
+    device = maps[0].device
+    if not has_float64(device):
+        found = _find([rows.cpu() for rows in maps], counts, names, False)
+        return [t if i % 5 == 4 else t.to(device) for i, t in enumerate(found)]
+    results: dict[int, tuple[Tensor, ...]] = {}
+    with whole_float32(device):
+        fast = [i for i, rows in enumerate(maps) if rows.dtype != torch.float64 and len(rows)]
+        if fast:
+            solved = fast_vectors([maps[i] for i in fast], [counts[i] for i in fast], capturable)
+            results.update(zip(fast, solved, strict=True))
+        if fast and not capturable:  # here, and nowhere else, the host waits for the device
+            doubtful = torch.cat([found[4] for found in solved]).cpu()
+            lengths = [len(maps[i]) for i in fast]
+            for i, part in zip(fast, torch.split(doubtful, lengths), strict=True):
+                results[i] = (*results[i][:4], part.clone())
+                if bool(part.any()):
+                    check_finite(maps[i], names[i])
+                    some = part.nonzero()[:, 0].to(device)
+                    vectors, null, _, _ = exact_vectors(maps[i][some], counts[i])
+                    results[i][0][some], results[i][1][some] = vectors.float(), null
+        for i in set(range(len(maps))) - {*fast}:
+            check_finite(maps[i], names[i])
+            vectors, null, values, basis = exact_vectors(maps[i], counts[i])
+            own = torch.promote_types(maps[i].dtype, torch.float32)  # an empty map may be of any
+            every = torch.ones(len(maps[i]), dtype=torch.bool)
+            results[i] = (vectors.to(own), null, values.to(own), basis.to(own), every)
+    return [tensor for i in range(len(maps)) for tensor in results[i]]
+
+
+@_find.register_fake
+def _(maps: list[Tensor], counts: list[int], _names: list[str], capturable: bool) -> list[Tensor]:
+    results = []
+    for rows, k in zip(maps, counts, strict=True):
+        (b, n, c), double = rows.shape, rows.dtype == torch.float64
+        s, real = min(n, c), rows.new_empty(0, dtype=torch.float64 if double else torch.float32)
+        vectors, values, basis = (b, k, c), (b, s if double else k), (b, s, s)
+        results += [real.new_empty(vectors), rows.new_empty((b, k), dtype=torch.bool)]
+        results += [real.new_empty(values), real.new_empty(basis)]
+        results += [torch.empty(b, dtype=torch.bool, device=rows.device if capturable else "cpu")]
+    return results
+
+
+class _WithGradient(torch.autograd.Function):
+    """Choose vectors, and pull their gradient back to the maps."""
 
     @staticmethod
-    def forward(ctx: Any, rows_bnc: Tensor, k: int, name: str) -> tuple[Tensor, Tensor]:
-        vectors: Tensor
-        vectors, null, *rest = top_vectors(rows_bnc, k, name)
-        ctx.save_for_backward(rows_bnc, vectors, *rest)
-        ctx.mark_non_differentiable(null)
-        return vectors, null
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        index: Tensor,
+        vectors: Tensor,
+        _null: Tensor,
+        values: Tensor,
+        basis: Tensor,
+        doubtful: Tensor,
+        capturable: bool,
+    ) -> Tensor:
+        chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
+        ctx.save_for_backward(rows, index, chosen, values, basis, doubtful)
+        ctx.capturable = capturable
+        return chosen
 
     @staticmethod
-    def backward(ctx: Any, grad_bkc: Tensor, _grad_null: None) -> tuple[Tensor, None, None]:
-        rows_bnc, *rest = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *saved = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = top_vectors_gradient(rows_bnc, *rest, grad_bkc)
-        return _once(grad_rows, rows_bnc, grad_bkc), None, None
+            grad_rows = _gradient(rows, *saved, grad, ctx.capturable)
+        return _once(grad_rows, rows, grad), *(None,) * 7
 
 
-class _ExactVectors(torch.autograd.Function):
-    """A whole eigendecomposition and its first-order perturbation, for float64."""
+@torch.library.custom_op(
+    "graph_kd::top_vectors_gradient",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor index, Tensor chosen, Tensor values, Tensor basis, "
+    "Tensor doubtful, Tensor grad, bool capturable) -> Tensor",
+)
+def _gradient(
+    rows: Tensor,
+    index: Tensor,
+    chosen: Tensor,
+    values: Tensor,
+    basis: Tensor,
+    doubtful: Tensor,
+    grad: Tensor,
+    capturable: bool,
+) -> Tensor:
+    """Pull the gradient ``b j c`` of the chosen vectors back to the maps, ``b n c``."""
+    device = rows.device
+    if not has_float64(device):
+        moved = (t.cpu() for t in (rows, index, chosen, values, basis, doubtful, grad))
+        gradient: Tensor = _gradient(*moved, False).to(device)
+        return gradient
+    with whole_float32(device):
+        if rows.dtype == torch.float64:
+            return exact_gradient(rows, index, chosen, values, basis, grad)
+        fast = (rows, index, chosen, values, basis, grad.float())
+        grad_rows = fast_gradient(*fast, bounded=capturable)
+        if not capturable and bool(doubtful.any()):
+            some = doubtful.nonzero()[:, 0].to(device)
+            part, at = rows[some], index[some]
+            vectors, _, own_values, own_basis = exact_vectors(part, values.shape[1])
+            vectors = vectors.gather(1, repeat(at, "b j -> b j c", c=rows.shape[2]))
+            grad_rows[some] = exact_gradient(part, at, vectors, own_values, own_basis, grad[some])
+    return grad_rows
 
-    @staticmethod
-    def forward(ctx: Any, rows_bnc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(rows_bnc.device.type, enabled=False):
-            found = decompose(rows_bnc, k)
-            null = null_vectors(found, rows_bnc.shape[1], rows_bnc.shape[2], rows_bnc.dtype)
-        ctx.save_for_backward(rows_bnc, *found)
-        ctx.mark_non_differentiable(null)
-        return found.vectors, null
 
-    @staticmethod
-    def backward(ctx: Any, grad_bkc: Tensor, _grad_null: None) -> tuple[Tensor, None]:
-        rows_bnc, *found = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(rows_bnc.device.type, enabled=False):
-            grad_rows = gradient_of_vectors(rows_bnc, Decomposition(*found), grad_bkc)
-        return _once(grad_rows, rows_bnc, grad_bkc), None
+@_gradient.register_fake
+def _(rows: Tensor, *_others: Any) -> Tensor:
+    b, n, c = rows.shape
+    if rows.dtype == torch.float64 or rows.stride(-1) == 1:
+        return rows.new_empty((b, n, c))
+    return rows.new_empty((b, c, n)).mT
 
 
 def _once(gradient: Tensor, rows_bnc: Tensor, grad_bkc: Tensor) -> Tensor:

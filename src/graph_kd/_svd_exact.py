@@ -1,40 +1,30 @@
 """Top right singular vectors and their derivative from a whole eigendecomposition, in float64.
 
-For float64 maps, and for the few others on which the subspace iteration of `graph_kd._svd_fast`
+For float64 maps, and for the few others on which the subspace iteration of `graph_kd._leading`
 gives up: close or repeated singular values, steep spectra, very large and very small maps.
 
-Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector, ``s`` eigenvector of the
-Gram matrix of the shorter side, min(n, c) of them.
+Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector, ``i`` and ``j`` the same
+in sums, ``s`` eigenvector of the Gram matrix of the shorter side, min(n, c) of them.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-__all__ = ["Decomposition", "decompose", "gradient_of_vectors", "null_vectors"]
+__all__ = ["exact_gradient", "exact_vectors"]
 
 
-class Decomposition(NamedTuple):
-    """Hold the top right singular vectors and all eigenpairs they came from, in float64.
+def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the top singular vectors, which are null, and the eigenpairs behind them.
 
     Shape:
-        - vectors: ``b k c``
-        - values: ``b s``, eigenvalues of the Gram matrix of the normalised map, largest first
-        - basis: ``b s s``, eigenvectors in columns
+        - rows: maps, ``b n c``
+        - returns: vectors ``b k c``; null ``b k``; values ``b s``, eigenvalues of the Gram matrix
+          of the map scaled to a largest entry of one; basis ``b s s``, eigenvectors in columns
     """
-
-    vectors: Tensor
-    values: Tensor
-    basis: Tensor
-
-
-def decompose(rows_bnc: Tensor, k: int) -> Decomposition:
-    """Return the top-k right singular vectors, signs fixed, and the eigenpairs behind them."""
-    matrix, _ = _normalise(rows_bnc)
+    matrix, _ = _normalise(rows)
     _, n, c = matrix.shape
     gram = matrix.mT @ matrix if n >= c else matrix @ matrix.mT
     values, basis = torch.linalg.eigh(gram)
@@ -48,26 +38,20 @@ def decompose(rows_bnc: Tensor, k: int) -> Decomposition:
     vectors = rearrange(columns, "b c k -> b k c")
     mean_cosine = einsum(vectors, matrix.mean(dim=1), "b k c, b c -> b k")
     vectors = torch.where(mean_cosine < 0, -1, 1).unsqueeze(-1) * vectors
-    return Decomposition(vectors, values, basis)
+    null = values[:, :k] <= _noise(values[:, :k], values[:, :1], n, c, rows.dtype)
+    return vectors, null, values, basis
 
 
-def null_vectors(found: Decomposition, n: int, c: int, dtype: torch.dtype) -> Tensor:
-    """Return which of the vectors have a singular value of zero up to rounding, ``b k`` of bool."""
-    value = found.values[:, : found.vectors.shape[1]]
-    null: Tensor = value <= _noise(value, found.values[:, :1], n, c, dtype)
-    return null
-
-
-def gradient_of_vectors(rows_bnc: Tensor, found: Decomposition, grad_bkc: Tensor) -> Tensor:
-    """Pull the gradient of the vectors back to the maps, ``b n c`` in their dtype."""
-    vectors, values, basis = found
-    matrix, scale = _normalise(rows_bnc)
-    response = _response(matrix, values, basis, vectors, grad_bkc.double(), rows_bnc.dtype)
+def exact_gradient(
+    rows: Tensor, index: Tensor, chosen: Tensor, values: Tensor, basis: Tensor, grad: Tensor
+) -> Tensor:
+    """Pull the gradient ``b j c`` of chosen vectors back to the maps, ``b n c`` in their dtype."""
+    matrix, scale = _normalise(rows)
+    response = _response(matrix, index, chosen, values, basis, grad.double(), rows.dtype)
     # d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i the response to g_i.
-    projected_v = einsum(matrix, vectors, "b n c, b k c -> b n k")
-    projected_w = einsum(matrix, response, "b n c, b k c -> b n k")
-    grad_rows = projected_w @ vectors + projected_v @ response
-    return (grad_rows / rearrange(scale, "b -> b 1 1")).to(rows_bnc.dtype)
+    projected_v, projected_w = matrix @ chosen.mT, matrix @ response.mT
+    grad_rows = projected_w @ chosen + projected_v @ response
+    return (grad_rows / rearrange(scale, "b -> b 1 1")).to(rows.dtype)
 
 
 def _normalise(rows_bnc: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,19 +80,20 @@ def _noise(value: Tensor, largest: Tensor, n: int, c: int, dtype: torch.dtype) -
 
 def _response(
     matrix: Tensor,
+    index: Tensor,
+    chosen: Tensor,
     values: Tensor,
     basis: Tensor,
-    vectors: Tensor,
     grad: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return w_i = Σ_{j≠i} v_j (v_j · g_i) / (λ_i - λ_j) over all right singular vectors j.
 
-    ``values`` are the eigenvalues λ of the Gram matrix, ``basis`` its eigenvectors.
+    ``values`` are the eigenvalues λ of the Gram matrix, ``basis`` its eigenvectors, and ``index``
+    says which of them the chosen vectors i are.
     """
     _, n, c = matrix.shape
-    k, s = vectors.shape[1], values.shape[1]
-    value_i = values[:, :k].unsqueeze(-1)
+    value_i = values.gather(1, index).unsqueeze(-1)
     value_j = values.unsqueeze(-2)
     gap = value_i - value_j
     noise = _noise(value_i, values[:, :1].unsqueeze(-1), n, c, dtype)
@@ -120,11 +105,11 @@ def _response(
     #   (λ_i - MᵀM)⁻¹ = (1 + Mᵀ (λ_i - M Mᵀ)⁻¹ M) / λ_i
     # the sum above is reached without the small v_j = Mᵀ u_j / σ_j and without the null space.
     # A repeated partner j is taken out of g_i by the coefficient -1/λ_j.
-    itself = torch.eye(k, s, dtype=torch.bool, device=values.device)
+    itself = index.unsqueeze(-1) == torch.arange(values.shape[1], device=values.device)
     repeated = ~isolated & ~itself & (value_i > noise)
     inverse_gap = torch.where(repeated, -1 / torch.where(repeated, value_j, 1), inverse_gap)
-    inner = (einsum(grad, matrix, "b k c, b n c -> b k n") @ basis) * inverse_gap @ basis.mT
-    along = einsum(grad, vectors, "b k c, b k c -> b k").unsqueeze(-1)
-    response = grad - along * vectors + inner @ matrix
+    inner = ((grad @ matrix.mT) @ basis) * inverse_gap @ basis.mT
+    along = (grad * chosen).sum(dim=-1, keepdim=True)
+    response = grad - along * chosen + inner @ matrix
     positive = value_i > noise
     return torch.where(positive, response / torch.where(positive, value_i, 1), 0)

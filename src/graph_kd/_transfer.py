@@ -17,7 +17,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graph_kd._checks import check_choice, check_count
+from graph_kd._align import closest
+from graph_kd._checks import check_bool, check_choice, check_count
 from graph_kd._distributed import (
     HoldsProcessGroup,
     check_equal_batches,
@@ -28,7 +29,7 @@ from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
 from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
 from graph_kd._heads import AttentionHeads
-from graph_kd._svd import align_singular_vectors, top_singular_vectors
+from graph_kd._svd import TopVectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
 
@@ -94,6 +95,12 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             backward pass, so that memory grows linearly in the batch. None takes whole graphs up to
             1024 × 1024 entries a head, and blocks of as many entries above. A callable ``squash``
             sees the rows of a block. Count.
+        capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
+            for the device. A sample whose vectors want float64 (two filters do not suffice, or two
+            of its singular values are closer than 0.05 %) keeps those of float32, its gradient
+            bounded; the attribute `doubtful` counts such samples, on the device. Maps with NaN are
+            not refused, and float64 maps are. Small matrices are decomposed by some 1,400 kernels
+            more. The first call makes constants: warm up before a capture.
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
@@ -124,6 +131,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         (torch.Size([]), torch.Size([]))
     """
 
+    doubtful: Tensor
+
     def __init__(
         self,
         channels: Sequence[int],
@@ -137,6 +146,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         reduction: Literal["sum", "batchmean"] = "sum",
         process_group: dist.ProcessGroup | None = None,
         block_rows: int | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__()
         teacher_dim, student_dim = check_channel_dim(channel_dim)
@@ -158,6 +168,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self.squash = squash
         self.reduction = reduction
         self.process_group = check_process_group(process_group)
+        self.capturable = check_bool("capturable", capturable)
+        if capturable:
+            self.register_buffer("doubtful", torch.zeros((), dtype=torch.int64), persistent=False)
         self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
         self.estimators = nn.ModuleList(
             MultiHeadGraphEstimator(k * front, k * back, num_heads)
@@ -189,9 +202,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         check_estimator_fresh(maps)
         self._warn_of_training(maps)
         check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
-        with torch.no_grad():
-            vectors = [self._row(*self._vectors(*p)) for p in _named("teacher_features", teacher)]
-        rows = [gather_rows(row, self.process_group) for row in vectors]
+        found = self._vectors("teacher_features", teacher, self.k)
+        rows = [gather_rows(self._row(f.all, f.null), self.process_group) for f in found]
         losses = []
         for estimator, (front, back) in zip(self._estimators, _neighbours(rows), strict=True):
             kept_heads = estimator.draw_kept_heads(back)
@@ -255,7 +267,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         student = self._read("features", maps, layout)
         check_equal_batches(len(student[0]), student[0].device, self.process_group)
         if align_to is None or own:
-            rows = [self._row(*self._vectors(*point)) for point in _named("features", student)]
+            found = self._vectors("features", student, self.k)
+            rows = [self._row(f.all, f.null) for f in found]
         else:
             targets = in_order("align_to", align_to, names)
             teacher = self._read("align_to", targets, self.teacher_layout, batch=len(student[0]))
@@ -300,31 +313,48 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         names: tuple[str, str] = ("student_features", "teacher_features"),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what describes each sample at each point, ``b (k c)``, of student and teacher."""
-        teacher_rows, student_rows = [], []
-        for ours, theirs in zip(_named(names[0], student), _named(names[1], teacher), strict=True):
-            with torch.no_grad():
-                target, target_null = self._vectors(*theirs)
-            teacher_rows.append(self._row(target, target_null))
-            if self.student_heads:
-                student_rows.append(self._row(*self._vectors(*ours)))
-                continue
-            candidates, null = self._vectors(*ours, self.student_k)
-            aligned = align_singular_vectors(candidates, target, null=null)
+        count = self.k if self.student_heads else self.student_k
+        found = self._vectors(names[1], teacher, self.k, other=(names[0], student, count))
+        theirs, ours = found[: len(teacher)], found[len(teacher) :]
+        teacher_rows = [self._row(t.all, t.null) for t in theirs]
+        if self.student_heads:
+            return [self._row(s.vectors(), s.null) for s in ours], teacher_rows
+        student_rows = []
+        chosen = closest([s.all for s in ours], [t.all for t in theirs], [s.null for s in ours])
+        for s, t, (choice, sign) in zip(ours, theirs, chosen, strict=True):
             # An arbitrary target chooses at random, and so does a sample without a vector.
-            undefined = target_null | null.all(dim=1, keepdim=True)
-            student_rows.append(self._row(aligned, undefined))
+            undefined = t.null | s.null.all(dim=1, keepdim=True)
+            student_rows.append(self._row(sign * s.vectors(choice), undefined))
         return student_rows, teacher_rows
 
-    def _vectors(self, name: str, rows_bnc: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the top ``count`` singular vectors, or all there are, at least k; and the null."""
-        available = max(self.k, min(count, *rows_bnc.shape[1:]))
-        return top_singular_vectors(rows_bnc, available, name=name)
+    def _vectors(
+        self,
+        name: str,
+        maps: list[Tensor],
+        count: int,
+        *,
+        other: tuple[str, list[Tensor], int] | None = None,
+    ) -> list[TopVectors]:
+        """Return the top singular vectors of each map, ``count`` or all there are, at least k.
+
+        Those of the ``other`` network are found with them.
+        """
+        parts = [(name, maps, count), *([other] if other else [])]
+        found = top_singular_vectors(
+            [rows for _, maps, _ in parts for rows in maps],
+            [max(self.k, min(n, *rows.shape[1:])) for _, maps, n in parts for rows in maps],
+            [f"{name}[{p}]" for name, maps, _ in parts for p in range(len(maps))],
+            capturable=self.capturable,
+        )
+        if self.capturable:
+            self.doubtful.add_(torch.cat([f.doubtful for f in found]).sum())
+        return found
 
     def _row(self, vectors_bkc: Tensor, null_bk: Tensor) -> Tensor:
         """Put the k vectors of a sample side by side, as one unit vector of the heads' dtype."""
         vectors = vectors_bkc.masked_fill(rearrange(null_bk, "b k -> b k 1"), 0)
-        row: Tensor = rearrange(vectors, "b k c -> b (k c)") / math.sqrt(self.k)
-        return row.to(self._estimators[0].dtype)
+        row: Tensor = rearrange(vectors, "b k c -> b (k c)").to(self._estimators[0].dtype)
+        return row if self.k == 1 else row / math.sqrt(self.k)
 
     def _embeddings(
         self, p: int, front: Tensor, back: Tensor, *, own: bool, move_statistics: bool = True
@@ -362,9 +392,16 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             student_log = self._log_graph(theta, phi)
             return (student_log.exp() * (student_log - teacher_log)).sum()
 
-        theta, phi = self._embeddings(p, *student, own=bool(self.student_heads))
-        with torch.no_grad():
-            teacher_theta, teacher_phi = self._embeddings(p, *teacher, own=False)
+        if self.student_heads:
+            theta, phi = self._embeddings(p, *student, own=True)
+            with torch.no_grad():
+                teacher_theta, teacher_phi = self._embeddings(p, *teacher, own=False)
+        else:  # both in one pass through the teacher's heads
+            front = torch.cat([gather_rows(x[0], self.process_group) for x in (student, teacher)])
+            back = torch.cat([student[1], teacher[1]])
+            both = self._estimators[p].frozen_embeddings(front, back)
+            (theta, teacher_theta), (phi, teacher_phi) = (x.chunk(2, dim=1) for x in both)
+            teacher_theta, teacher_phi = teacher_theta.detach(), teacher_phi.detach()
         rows = self.block_rows or max(1, BLOCK_ENTRIES // phi.shape[1])
         if rows >= theta.shape[1]:
             return divergence(theta, teacher_theta)
@@ -431,6 +468,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                     f"`{name}[{p}]` must be on {heads.device}, where the attention heads are; "
                     f"got {matrix.device}. Move one of them with `.to(...)`."
                 )
+            if self.capturable and matrix.dtype == torch.float64:
+                raise TypeError(
+                    f"`{name}[{p}]` must not be float64 with capturable=True: its decomposition "
+                    "waits for the host. Convert the features with `.float()`."
+                )
             vector_dtype = torch.promote_types(matrix.dtype, torch.float32)
             if torch.promote_types(vector_dtype, heads.dtype) != heads.dtype:
                 raise TypeError(
@@ -439,11 +481,6 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                     f"`.to({vector_dtype})`."
                 )
         return rows
-
-
-def _named(name: str, rows: list[Tensor]) -> list[tuple[str, Tensor]]:
-    """Return the rows of each point with its name for messages."""
-    return [(f"{name}[{p}]", row) for p, row in enumerate(rows)]
 
 
 def _neighbours(points: Sequence[P]) -> list[tuple[P, P]]:

@@ -1,0 +1,93 @@
+"""Pair the student's singular vectors with the teacher's (method, step 2).
+
+Axes: ``b`` sample, ``c`` channel, ``i`` student vector, ``k`` teacher vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.functional import pad
+
+from graph_kd._checks import check_floating
+
+__all__ = ["align_singular_vectors", "closest"]
+
+
+def align_singular_vectors(
+    student: Tensor, teacher: Tensor, *, null: Tensor | None = None
+) -> Tensor:
+    """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
+
+    Singular vectors come with a free sign, and a student orders them by its own singular values;
+    both are removed before the graphs are compared.
+
+    Equation: method step 2; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
+    V_S = [a_k v_S,i_k].
+
+    Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
+    a zero vector), of exactly tied vectors the first is taken (the source adds them), and ``null``
+    vectors are no candidates.
+
+    Gradient flows to the student alone; the choice and the sign are constants.
+
+    Args:
+        student: Unit singular vectors of the student, the candidates.
+        teacher: Unit singular vectors of the teacher, the targets.
+        null: Which student vectors have a singular value of zero. They are arbitrary, and are
+            chosen only where a sample has no other.
+
+    Shape:
+        - student: ``b i c``
+        - teacher: ``b k c``
+        - null: ``b i``, bool
+        - returns: ``b k c``
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: an argument is not of rank 3, or batch or channels differ.
+    """
+    check_floating("student", student)
+    check_floating("teacher", teacher)
+    if (
+        student.ndim != 3
+        or teacher.ndim != 3
+        or student.shape[0] != teacher.shape[0]
+        or student.shape[2] != teacher.shape[2]
+    ):
+        raise ValueError(
+            "`student` and `teacher` must have axes (b, i, c) and (b, k, c) with the same b and c; "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    ((choice, sign),) = closest([student], [teacher], [null])
+    return sign * student.gather(1, repeat(choice, "b k -> b k c", c=student.shape[2]))
+
+
+@torch.no_grad()
+def closest(
+    students: list[Tensor], teachers: list[Tensor], nulls: list[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for each point which student vector is closest to each of the teacher's, ``b k``.
+
+    And its sign, ``b k 1``. Exactly tied vectors: the first. All points have one b and k.
+    """
+    most = max(student.shape[1] for student in students)
+    cosines, barred = [], []
+    for student, teacher, null in zip(students, teachers, nulls, strict=True):
+        with torch.autocast(student.device.type, enabled=False):
+            dtype = torch.promote_types(student.dtype, teacher.dtype)
+            cosine = teacher.to(dtype) @ student.to(dtype).mT
+        none = torch.zeros((), dtype=torch.bool, device=student.device)
+        null = none.expand(student.shape[:2]) if null is None else null
+        more = most - student.shape[1]  # candidates that this point lacks
+        cosines.append(pad(cosine, (0, more)) if more else cosine)
+        barred.append(pad(null, (0, more), value=True) if more else null)
+    cosine = torch.cat(cosines)
+    # Of orthogonal vectors rounding alone would decide.
+    cosine = torch.where(cosine.abs() > torch.finfo(cosine.dtype).eps ** 0.75, cosine, 0)
+    closeness = cosine.abs().masked_fill(rearrange(torch.cat(barred), "b i -> b 1 i"), -1)
+    choice = closeness.argmax(dim=-1, keepdim=True)
+    sign = torch.where(cosine.gather(-1, choice) < 0, -1, 1).to(students[0].dtype)
+    b = len(students[0])
+    return list(zip(torch.split(choice[..., 0], b), torch.split(sign, b), strict=True))

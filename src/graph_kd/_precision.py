@@ -1,0 +1,44 @@
+"""Products of the precision that singular vectors need, whatever other layers may do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+__all__ = ["has_float64", "whole_float32"]
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Say whether a device has float64; Apple's has not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+@contextmanager
+def whole_float32(device: torch.device) -> Iterator[None]:
+    """Multiply in whole float32: no autocast, no TF32, and no gradient."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):
+            before = backend.matmul.fp32_precision
+            backend.matmul.fp32_precision = "ieee"
+            try:
+                yield
+            finally:
+                backend.matmul.fp32_precision = "none"  # what was inherited stays inherited
+                if backend.matmul.fp32_precision != before:
+                    backend.matmul.fp32_precision = before
+        else:  # before torch 2.9
+            old = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(old)
