@@ -127,7 +127,7 @@ def _system(gram: Tensor, x: Tensor, value: Tensor) -> Tensor:
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:
-    solution, _ = torch.linalg.solve_ex(system, right.unsqueeze(-1))
+    solution: Tensor = torch.linalg.solve_ex(system, right.unsqueeze(-1))[0]
     return solution.squeeze(-1)
 
 

@@ -50,8 +50,8 @@ class SVDFeature(nn.Module):
       which this does not converge, whose values are closer than 0.05 %, or whose range is too wide
       for float32 takes the way of float64 maps: a whole eigendecomposition of the Gram
       matrix in float64, in which a vector's error is some 1e-16 (σ_1/σ)² over its relative gap, and
-      nothing is resolved below σ_1 · 1e-7. How many rounds are needed depends on the maps, so the
-      device is waited for a few times a call.
+      nothing is resolved below σ_1 · 1e-7. A GPU runs a fixed number of rounds and is waited for
+      four or five times a call. On a device without float64 the CPU does the work.
 
     Args:
         k: Singular vectors kept, largest value first. Count, 1 ≤ k ≤ min(positions, channels).
