@@ -132,19 +132,14 @@ def top_singular_vectors(
                 f"`k` must be at most min(positions, channels) = {most} for `{name}`; got {k}."
             )
     with torch.no_grad():
-        found = _find([rows.detach() for rows in maps], counts, names, capturable)
+        detached = [rows.detach() for rows in maps]
+        found = FIND[capturable](detached, counts, names, capturable)
     return [
         TopVectors(*found[5 * i : 5 * i + 5], rows, capturable)  # type: ignore[call-arg] # five
         for i, rows in enumerate(maps)
     ]
 
 
-# The two operations whose course depends on the content of the maps are opaque to `torch.compile`.
-@torch.library.custom_op(
-    "graph_kd::top_vectors",
-    mutates_args=(),
-    schema="(Tensor[] maps, int[] counts, str[] names, bool capturable) -> Tensor[]",
-)
 def _find(
     maps: list[Tensor], counts: list[int], names: list[str], capturable: bool
 ) -> list[Tensor]:
@@ -178,8 +173,9 @@ def _find(
     return [tensor for i in range(len(maps)) for tensor in results[i]]
 
 
-@_find.register_fake
-def _(maps: list[Tensor], counts: list[int], _names: list[str], capturable: bool) -> list[Tensor]:
+def _fake_find(
+    maps: list[Tensor], counts: list[int], _names: list[str], capturable: bool
+) -> list[Tensor]:
     results = []
     for rows, k in zip(maps, counts, strict=True):
         (b, n, c), double = rows.shape, rows.dtype == torch.float64
@@ -215,16 +211,10 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, *saved = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = _gradient(rows, *saved, grad, ctx.capturable)
+            grad_rows = GRADIENT[ctx.capturable](rows, *saved, grad, ctx.capturable)
         return _once(grad_rows, rows, grad), *(None,) * 7
 
 
-@torch.library.custom_op(
-    "graph_kd::top_vectors_gradient",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor index, Tensor chosen, Tensor values, Tensor basis, "
-    "Tensor doubtful, Tensor grad, bool capturable) -> Tensor",
-)
 def _gradient(
     rows: Tensor,
     index: Tensor,
@@ -239,7 +229,7 @@ def _gradient(
     device = rows.device
     if not has_float64(device):
         moved = (t.cpu() for t in (rows, index, chosen, values, basis, doubtful, grad))
-        gradient: Tensor = _gradient(*moved, False).to(device)
+        gradient: Tensor = GRADIENT[False](*moved, False).to(device)
         return gradient
     with whole_float32(device):
         if rows.dtype == torch.float64:
@@ -255,12 +245,42 @@ def _gradient(
     return grad_rows
 
 
-@_gradient.register_fake
-def _(rows: Tensor, *_others: Any) -> Tensor:
+def _fake_gradient(rows: Tensor, *_others: Any) -> Tensor:
     b, n, c = rows.shape
     if rows.dtype == torch.float64 or rows.stride(-1) == 1:
         return rows.new_empty((b, n, c))
     return rows.new_empty((b, c, n)).mT
+
+
+def _operators(name: str, run: Any, fake: Any, schema: str) -> dict[bool, Any]:
+    """Make an operation opaque to `torch.compile`, as its course depends on the content of maps.
+
+    Twice: CUDA graphs must leave out the one that waits for the device, not the capturable one.
+    """
+    syncs = getattr(torch.Tag, "cudagraph_unsafe", None)
+    operators = {}
+    for capturable, suffix in ((False, ""), (True, "_capturable")):
+        tags = {"tags": [syncs]} if syncs is not None and not capturable else {}
+        operators[capturable] = torch.library.custom_op(
+            f"graph_kd::{name}{suffix}", run, mutates_args=(), schema=schema, **tags
+        )
+        operators[capturable].register_fake(fake)
+    return operators
+
+
+FIND = _operators(
+    "top_vectors",
+    _find,
+    _fake_find,
+    "(Tensor[] maps, int[] counts, str[] names, bool capturable) -> Tensor[]",
+)
+GRADIENT = _operators(
+    "top_vectors_gradient",
+    _gradient,
+    _fake_gradient,
+    "(Tensor rows, Tensor index, Tensor chosen, Tensor values, Tensor basis, Tensor doubtful, "
+    "Tensor grad, bool capturable) -> Tensor",
+)
 
 
 def _once(gradient: Tensor, rows_bnc: Tensor, grad_bkc: Tensor) -> Tensor:
