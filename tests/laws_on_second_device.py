@@ -1,0 +1,268 @@
+"""The modules on another device: never mixed with the CPU, few kernels, no sync but documented.
+
+The device is simulated: its tensors hold their numbers on the CPU and count what a GPU would be
+asked to do. torch's autograd must not have run before the device is registered, so that
+`test_second_device.py` runs these tests in a process of their own.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from parts.models import build
+from second_device import NAME, SecondDevice
+from sklearn.datasets import load_digits
+from torch import nn
+
+from graph_kd import (
+    FeatureHooks,
+    GatedGradClip,
+    GraphTransferLoss,
+    MultiHeadGraphEstimator,
+    SVDFeature,
+    align_singular_vectors,
+)
+from graph_kd._leading import _jacobi
+from graph_kd._svd import top_singular_vectors
+
+CHANNELS = [32, 36, 40]
+# Gram matrices of 32, 36 and 16 rows: two that are searched, one decomposed whole.
+SIZES = [8, 7, 4]
+
+
+class Net(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        widths = [3, *channels]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(size))
+            for a, b, size in zip(widths[:-1], channels, SIZES, strict=True)
+        )
+        self.head = nn.Linear(channels[-1], 5)
+
+    def forward(self, images):
+        for stage in self.stages:
+            images = stage(images)
+        return self.head(images.mean(dim=(2, 3)))
+
+
+def setting(device="cpu", student=CHANNELS, **loss_settings):
+    torch.manual_seed(0)
+    nets = Net(CHANNELS).eval().requires_grad_(False), Net(student)
+    if student != CHANNELS:
+        loss_settings["student_channels"] = student
+    loss = GraphTransferLoss(CHANNELS, num_heads=2, **loss_settings).to(device)
+    images, labels = torch.randn(12, 3, 8, 8).to(device), torch.arange(12).to(device) % 5
+    return (*(net.to(device) for net in nets), loss, images, labels)
+
+
+def step(device, *, gate="norm", scope="parameter", capturable=False, counting=None, **settings):
+    teacher, student, loss, images, labels = setting(device, capturable=capturable, **settings)
+    layers = [f"stages.{i}" for i in range(3)]
+    params = [*student.parameters(), *loss.student_heads.parameters()]
+    optimizer = GatedGradClip(
+        torch.optim.SGD(params, lr=0.1), gate, scope=scope, capturable=capturable
+    )
+    with FeatureHooks(teacher, layers) as theirs, FeatureHooks(student, layers) as ours:
+        for last in (False, True):  # the first makes constants
+            teacher(images)
+            task = F.cross_entropy(student(images), labels)
+            optimizer.zero_grad()
+            if last and counting is not None:
+                with counting() as seen:
+                    value = loss(ours.features, theirs.features)
+                    optimizer.backward(task, value)
+            else:
+                value = loss(ours.features, theirs.features)
+                optimizer.backward(task, value)
+    gradients = [p.grad for p in params]
+    return (value, gradients, optimizer, loss) + ((seen,) if counting is not None else ())
+
+
+def held(tensor):
+    return tensor.held if hasattr(tensor, "held") else tensor
+
+
+@pytest.fixture
+def device():
+    with SecondDevice() as simulated:
+        yield simulated
+
+
+on_device = pytest.mark.usefixtures("device")
+
+SETTINGS = [
+    {},
+    {"student": [8, 12, 20]},
+    {"gate": "sigmoid", "scope": "global", "squash": "tanh"},
+    {"gate": lambda task, transfer: task / (task + transfer), "k": 2},
+]
+
+
+@on_device
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_step_is_that_of_the_cpu(settings, capturable):
+    value, gradients, optimizer, loss = step(NAME, capturable=capturable, **settings)
+    wanted, wanted_gradients, *_ = step("cpu", **settings)
+    assert str(value.device).startswith(NAME)
+    torch.testing.assert_close(held(value), wanted, rtol=1e-3, atol=1e-5)
+    # A bias before a batch norm has no gradient but rounding.
+    largest = max(float(theirs.abs().max()) for theirs in wanted_gradients)
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(held(ours), theirs, rtol=1e-2, atol=1e-4 * largest)
+    if capturable:
+        assert (int(held(loss.doubtful)), int(held(optimizer.skipped))) == (0, 0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_syncs_are_the_documented_ones(device, settings):
+    *_, seen = step(NAME, counting=device.counting, **settings)
+    # Three or four small decompositions, the check of the samples, and that of the gradients.
+    assert seen.waits <= 6, seen.where
+    *_, seen = step(NAME, counting=device.counting, capturable=True, **settings)
+    assert seen.waits == 0, seen.where
+
+
+def test_a_step_stays_within_its_launches(device):
+    *_, seen = step(NAME, counting=device.counting)
+    # Of the solver some 400, of the two gradients' way through the student some 40.
+    assert seen.launches <= 750, seen.by_op.most_common(10)
+
+
+@on_device
+def test_what_is_not_finite_never_reaches_the_parameters_of_a_capturable_step():
+    params = [nn.Parameter(torch.ones(3).to(NAME)), nn.Parameter(torch.ones(2).to(NAME))]
+    optimizer = GatedGradClip(torch.optim.SGD(params, lr=0.1), capturable=True)
+    for count, factor in enumerate([1.0, float("nan"), float("inf"), 2.0]):
+        optimizer.zero_grad()
+        task = sum(p.sum() for p in params)
+        optimizer.backward(task, factor * sum(p.square().sum() for p in params))
+        transfer = factor if factor in (1.0, 2.0) else None
+        for p in params:
+            norm = len(p) ** 0.5
+            part = 0.0 if transfer is None else min(2 * transfer, norm / len(p) ** 0.5)
+            torch.testing.assert_close(held(p.grad), torch.full_like(held(p), 1 + part))
+        assert int(held(optimizer.skipped)) == [0, 1, 2, 2][count]
+    assert int(held(optimizer.state_dict()["skipped"])) == 2
+
+
+@on_device
+def test_samples_that_want_float64_are_counted_and_stay_finite():
+    loss = setting(NAME, capturable=True)[2]
+    maps = [torch.randn(12, c, s, s).relu() for c, s in zip(CHANNELS, SIZES, strict=True)]
+    maps[0][3] = 1.0  # all but one of its singular values are zero
+    maps[1][5] = 0.0
+    ours = [m.clone().to(NAME).requires_grad_() for m in maps]
+    value = loss(ours, [m.to(NAME) for m in maps])
+    value.backward()
+    assert all(bool(held(m.grad).isfinite().all()) for m in ours)
+    assert int(held(loss.doubtful)) >= 3
+    assert "doubtful" not in loss.state_dict()
+
+
+def test_float64_maps_are_refused_where_the_host_must_not_wait():
+    loss = GraphTransferLoss([4, 4], num_heads=1, capturable=True).double()
+    maps = [torch.randn(3, 4, 2, 2).double()] * 2
+    with pytest.raises(TypeError, match="must not be float64 with capturable=True"):
+        loss(maps, maps)
+
+
+@on_device
+def test_modules_move_copy_and_load():
+    loss = setting()[2]
+    there = copy.deepcopy(loss).to(NAME)
+    back = GraphTransferLoss(CHANNELS, num_heads=2)
+    back.load_state_dict(there.state_dict())
+    for name, tensor in loss.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+    maps = [torch.randn(6, c, s, s) for c, s in zip(CHANNELS, SIZES, strict=True)]
+    graphs = copy.deepcopy(there).graphs([m.to(NAME) for m in maps])
+    for ours, wanted in zip(graphs, loss.graphs(maps), strict=True):
+        torch.testing.assert_close(held(ours), wanted, rtol=1e-3, atol=1e-5)
+    estimator = MultiHeadGraphEstimator(4, 6, num_heads=2).to(NAME)
+    rows = torch.randn(5, 4).to(NAME), torch.randn(5, 6).to(NAME)
+    assert held(estimator.loss(*rows)).isfinite()
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(24, 8, 8), (40, 4, 4), (6, 3, 3)])
+def test_vectors_and_their_gradient_are_those_of_the_cpu(shape):
+    maps = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).relu()
+    results = []
+    for where in ("cpu", NAME):
+        features = maps.clone().to(where).requires_grad_()
+        with torch.no_grad():
+            target = SVDFeature(1)(features)
+        vectors = align_singular_vectors(SVDFeature(4)(features), target)
+        vectors.square().mul(torch.arange(shape[0]).to(where)).sum().backward()
+        results.append((held(vectors.detach()), held(features.grad)))
+    for wanted, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_rotations_find_the_eigenpairs(size):
+    matrix = torch.randn(20, size, size, generator=torch.Generator().manual_seed(0)).double()
+    matrix = matrix @ matrix.mT
+    values, basis = _jacobi(matrix)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((basis * values[:, None]) @ basis.mT, matrix, rtol=1e-6, atol=1e-6)
+
+
+@on_device
+def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
+    run = SecondDevice.run
+
+    def refusing(self, func, args, kwargs):
+        result = run(self, func, args, kwargs)
+        if hasattr(result, "held") and result.held.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+    from graph_kd._precision import has_float64
+
+    has_float64.cache_clear()
+    monkeypatch.setattr(SecondDevice, "run", refusing)
+    try:
+        value, gradients, *_ = step(NAME)
+    finally:
+        has_float64.cache_clear()
+    wanted, wanted_gradients, *_ = step("cpu")
+    torch.testing.assert_close(held(value), wanted, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(held(ours), theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VGG7", "WRN-10-4"])
+def test_hardly_a_sample_of_a_trained_network_wants_float64(device, name):
+    torch.manual_seed(0)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)[:256] / 8 - 1
+    images = F.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    labels, net = torch.from_numpy(labels)[:256], build(name, 10, 0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    for i in range(24):
+        some = slice(32 * (i % 8), 32 * (i % 8) + 32)
+        optimizer.zero_grad()
+        F.cross_entropy(net(images[some]), labels[some]).backward()
+        optimizer.step()
+    with FeatureHooks(net, net.sensing_points) as hooks, torch.no_grad():
+        net(images[:64])
+        maps = [rearrange(f, "b c h w -> b (h w) c") for f in hooks.features]
+    counts = [min(4, *m.shape[1:]) for m in maps]
+    for where in ("cpu", NAME):  # the CPU may filter more often
+        with device.counting():
+            found = top_singular_vectors([m.to(where) for m in maps], counts, ["map"] * len(maps))
+        shares = [float(f.doubtful.float().mean()) for f in found]
+        assert sum(shares) / len(shares) <= 0.02, (where, shares)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
+@pytest.mark.parametrize("name", ["top_vectors", "top_vectors_gradient"])
+def test_operators_that_sync_say_so(name):
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert unsafe in getattr(torch.ops.graph_kd, name).default.tags
+    assert unsafe not in getattr(torch.ops.graph_kd, f"{name}_capturable").default.tags
