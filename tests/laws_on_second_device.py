@@ -25,6 +25,7 @@ from graph_kd import (
     align_singular_vectors,
 )
 from graph_kd._leading import _jacobi
+from graph_kd._precision import has_float64
 from graph_kd._svd import top_singular_vectors
 
 CHANNELS = [32, 36, 40]
@@ -140,10 +141,9 @@ def test_what_is_not_finite_never_reaches_the_parameters_of_a_capturable_step():
         optimizer.zero_grad()
         task = sum(p.sum() for p in params)
         optimizer.backward(task, factor * sum(p.square().sum() for p in params))
-        transfer = factor if factor in (1.0, 2.0) else None
+        # The transfer gradient has twice the task's norm or more, and is bounded by it.
+        part = 1.0 if factor in (1.0, 2.0) else 0.0
         for p in params:
-            norm = len(p) ** 0.5
-            part = 0.0 if transfer is None else min(2 * transfer, norm / len(p) ** 0.5)
             torch.testing.assert_close(held(p.grad), torch.full_like(held(p), 1 + part))
         assert int(held(optimizer.skipped)) == [0, 1, 2, 2][count]
     assert int(held(optimizer.state_dict()["skipped"])) == 2
@@ -159,7 +159,8 @@ def test_samples_that_want_float64_are_counted_and_stay_finite():
     value = loss(ours, [m.to(NAME) for m in maps])
     value.backward()
     assert all(bool(held(m.grad).isfinite().all()) for m in ours)
-    assert int(held(loss.doubtful)) >= 3
+    # The constant map of the student, whose k is 4, and the map of zeros of both.
+    assert int(held(loss.doubtful)) == 3
     assert "doubtful" not in loss.state_dict()
 
 
@@ -222,8 +223,6 @@ def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
             raise TypeError("this device has no float64")
         return result
 
-    from graph_kd._precision import has_float64
-
     has_float64.cache_clear()
     monkeypatch.setattr(SecondDevice, "run", refusing)
     try:
@@ -236,8 +235,9 @@ def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
         torch.testing.assert_close(held(ours), theirs, rtol=1e-3, atol=1e-5)
 
 
+@on_device
 @pytest.mark.parametrize("name", ["VGG7", "WRN-10-4"])
-def test_hardly_a_sample_of_a_trained_network_wants_float64(device, name):
+def test_hardly_a_sample_of_a_trained_network_wants_float64(name):
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)[:256] / 8 - 1
@@ -254,8 +254,7 @@ def test_hardly_a_sample_of_a_trained_network_wants_float64(device, name):
         maps = [rearrange(f, "b c h w -> b (h w) c") for f in hooks.features]
     counts = [min(4, *m.shape[1:]) for m in maps]
     for where in ("cpu", NAME):  # the CPU may filter more often
-        with device.counting():
-            found = top_singular_vectors([m.to(where) for m in maps], counts, ["map"] * len(maps))
+        found = top_singular_vectors([m.to(where) for m in maps], counts, ["map"] * len(maps))
         shares = [float(f.doubtful.float().mean()) for f in found]
         assert sum(shares) / len(shares) <= 0.02, (where, shares)
 

@@ -1131,3 +1131,19 @@ def test_other_errors_of_the_backward_pass_come_through():
     task.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         GatedGradClip(inner).backward(task, param.sum())
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_callable_gate_never_sees_a_norm_that_is_not_finite(factor):
+    seen = []
+
+    def gate(_task_norm, transfer_norm):
+        seen.append(float(transfer_norm))
+        return 0.5
+
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = GatedGradClip(torch.optim.SGD([param], lr=0.1), gate)
+    optimizer.backward(param.sum(), factor * param.sum())
+    assert seen == [0.0]
+    assert torch.equal(param.grad, torch.ones(3))
+    assert (optimizer.skipped, optimizer.gates) == (1, [0.0])

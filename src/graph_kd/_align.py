@@ -68,9 +68,10 @@ def align_singular_vectors(
 def closest(
     students: list[Tensor], teachers: list[Tensor], nulls: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return for each point which student vector is closest to each of the teacher's, ``b k``.
+    """Return which student vector is closest to each of the teacher's, and its sign.
 
-    And its sign, ``b k 1``. Exactly tied vectors: the first. All points have one b and k.
+    One pair a point: the index ``b k``, the first of exact ties, and the sign ``b k 1``. All points
+    share b and k.
     """
     most = max(student.shape[1] for student in students)
     cosines, barred = [], []

@@ -68,11 +68,13 @@ def merge_gradients(
             [norm if reaches else torch.where(norm > 0, norm, whole) for norm, reaches in own]
         )
 
+    good = torch.isfinite(transfer_norm).all()
+    # A callable must cope with norms of zero, not with infinite ones.
+    transfer_norm = torch.where(good, transfer_norm, 0)
     factors = gate_factors(task_norm, transfer_norm, gate, bound=bound)
-    good = torch.isfinite(transfer_norm).all() & torch.isfinite(factors).all()
+    good = good & torch.isfinite(factors).all()
+    factors = torch.where(good, factors, 0)
     finite: bool | Tensor = good if capturable else bool(good)
-    if finite is not True:
-        factors = torch.where(good, factors, 0)
     gated = {} if finite is False else _gated(transfer, reached, factors, finite)
     both = [n for n in gated if task[n] is not None]
     sums: Sequence[Tensor] = []

@@ -42,7 +42,7 @@ TINY = torch.finfo(torch.float32).tiny  # stands in for zero under a fraction
 def fast_vectors(
     maps: list[Tensor], counts: list[int], capturable: bool
 ) -> list[tuple[Tensor, ...]]:
-    """Return for each map the first five of `graph_kd._svd.TopVectors`, and who wants float64."""
+    """Return for each map the first five entries of `graph_kd._svd.TopVectors`."""
     kept = max(counts) + EXTRA
     least, direct = (kept, kept) if capturable else (DIRECT, max(DIRECT, 3 * kept))
     matrices = [rows.float() for rows in maps]
@@ -90,7 +90,8 @@ def fast_gradient(
     eigenvector x the system is made regular by λ x xᵀ. ``bounded`` takes from w what only a gap
     below `CLOSE` could have made.
     """
-    if rows.device.type == "cpu" and len(rows) and grad.shape[1] > 1:  # alignment uses one vector
+    # Alignment uses one of k vectors, and the CPU can look which.
+    if rows.device.type == "cpu" and len(rows) and grad.shape[1] > 1:
         used = grad.any(dim=-1)
         order = used.byte().topk(max(1, int(used.sum(dim=1).amax())), dim=1).indices
         index, at = index.gather(1, order), repeat(order, "b k -> b k c", c=grad.shape[2])
