@@ -146,7 +146,8 @@ def test_a_value_hidden_in_a_vector_that_has_not_converged_is_looked_for():
         images = vectors * values
         quotients = (images * vectors).sum(dim=-1)
         ritz = _leading._Ritz(quotients, vectors, images)
-        assert bool(_leading._converged(ritz, last)) is (share == 0)
+        angle, _ = _leading._angle(ritz, last)
+        assert bool(angle <= _leading.TOLERANCE) is (share == 0)
 
 
 def test_vectors_of_all_pairs_have_unit_length():
@@ -191,7 +192,7 @@ def test_a_vector_without_gradient_changes_nothing_of_the_others(point):
 @pytest.mark.parametrize("kind", ["relu", "slow"])
 def test_what_did_not_converge_is_not_returned(monkeypatch, kind):
     monkeypatch.setattr(_leading, "FILTERS_CPU", 1)
-    monkeypatch.setattr(_leading, "DEGREE", 2)
+    monkeypatch.setattr(_leading, "MOST", 2)
     point = (8, 8, 128)
     features = relu_noise(point) if kind == "relu" else with_spectrum(point, kind)
     assert top_of(rearrange(features, "b c h w -> b (h w) c"), 4).doubtful.any()

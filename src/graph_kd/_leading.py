@@ -12,6 +12,7 @@ side of a map, ``k`` wanted vector, ``p`` vector of the subspace, a row of lengt
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ from torch import Tensor
 __all__ = ["fast_gradient", "fast_vectors"]
 
 EXTRA = 4  # vectors beside the wanted ones: their gap to the rest is what convergence lives on
-DIRECT = 16  # a Gram matrix up to this size, or 3 p, is decomposed whole: that is as fast
-DEGREE = 10  # of a filter
-FILTERS, FILTERS_CPU = 2, 5  # all converge on trained VGG and WRN maps with two
+DIRECT = 16  # a Gram matrix up to this size is decomposed whole: that is as fast
+DEGREE, MOST = 10, 24  # of a filter: fixed, and at most where it is adapted
+FILTERS, FILTERS_CPU = 2, 5  # fixed, and at most: trained VGG and WRN maps take two
 TOLERANCE = 3e-4  # radian, angle left to the leading subspace; a gradient errs by 2.5 times that
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative wants float64
 SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram matrix's diagonal: float32 holds squares of errors
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
+LOG_SPREAD = 12.0  # of the growth in a first filter: below float32's 16 rows stay independent
 DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of a filtered vector
 CLEAR_EVERY = 3  # degrees after which it is taken out again: it grows from rounding errors
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
@@ -43,26 +45,32 @@ def fast_vectors(
     maps: list[Tensor], counts: list[int], capturable: bool
 ) -> list[tuple[Tensor, ...]]:
     """Return for each map the first five entries of `graph_kd._svd.TopVectors`."""
+    fixed = capturable or maps[0].device.type != "cpu"
+    if not fixed and len(maps) > 1:  # each stops as early as it can
+        return [fast_vectors([m], [k], False)[0] for m, k in zip(maps, counts, strict=True)]
     kept = max(counts) + EXTRA
-    least, direct = (kept, kept) if capturable else (DIRECT, max(DIRECT, 3 * kept))
+    kept += fixed and kept % 2  # Jacobi's rotations are of pairs
+    direct = kept if capturable else max(DIRECT, kept)
     matrices = [rows.float() for rows in maps]
     sides = [m.mT if m.shape[1] >= m.shape[2] else m for m in matrices]
     grams = [side @ side.mT for side in sides]
-    sizes = [max(least, side.shape[1]) for side in sides]
-    groups = [[i for i, s in enumerate(sizes) if s == size] for size in sorted(set(sizes))]
+    groups = defaultdict(list)
+    for i, side in enumerate(sides):
+        groups[max(direct, side.shape[1]) if fixed else side.shape[1]].append(i)
     searches = [
         _search(
             [sides[i] for i in group],
-            _stack([grams[i] for i in group], sizes[group[0]]),
+            _stack([grams[i] for i in group], size),
             _last(tuple((len(maps[i]), counts[i]) for i in group), maps[0].device),
-            sizes[group[0]] if sizes[group[0]] <= direct else kept,
+            kept if size > direct else size,
+            fixed,
         )
-        for group in groups
+        for size, group in groups.items()
     ]
     results: list[tuple[Tensor, ...]] = [()] * len(maps)
-    eigh = _jacobi if capturable else torch.linalg.eigh
-    for group, found in zip(groups, _together(searches, eigh), strict=True):
-        parts = (torch.split(tensor, [len(maps[i]) for i in group]) for tensor in found)
+    found = _together(searches, _jacobi if capturable else torch.linalg.eigh)
+    for group, answer in zip(groups.values(), found, strict=True):
+        parts = (torch.split(tensor, [len(maps[i]) for i in group]) for tensor in answer)
         for i, vectors, null, values, doubtful in zip(group, *parts, strict=True):
             k, matrix = counts[i], matrices[i]
             right = vectors[:, :k, : sides[i].shape[1]]
@@ -120,16 +128,17 @@ def fast_gradient(
 
 
 def _system(gram: Tensor, x: Tensor, value: Tensor) -> Tensor:
-    """Return λ - G + x xᵀ for each vector, ``b k s s``."""
-    system = rearrange(x, "b k s -> b k s 1") * rearrange(x, "b k s -> b k 1 s")
-    system = system - rearrange(gram, "b s r -> b 1 s r")
-    system.diagonal(dim1=-2, dim2=-1).add_(value)
+    """Return λ - G + x xᵀ for each vector, ``(b k) s s``."""
+    system = repeat(gram, "b s r -> (b k) s r", k=x.shape[1])
+    x = rearrange(x, "b k s -> (b k) s 1")
+    system = torch.baddbmm(system, x, x.mT, beta=-1)
+    system.diagonal(dim1=-2, dim2=-1).add_(rearrange(value, "b k 1 -> (b k) 1"))
     return system
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:
-    solution: Tensor = torch.linalg.solve_ex(system, right.unsqueeze(-1))[0]
-    return solution.squeeze(-1)
+    solution: Tensor = torch.linalg.solve_ex(system, rearrange(right, "b k s -> (b k) s 1"))[0]
+    return solution.view_as(right)
 
 
 class _Ritz(NamedTuple):
@@ -162,7 +171,7 @@ def _together(searches: list[Search], eigh: Callable[..., Any]) -> list[Any]:
     return results
 
 
-def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int) -> Search:
+def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: bool) -> Search:
     """Find the ``kept`` leading eigenvectors, of which those up to ``last``, ``n 1``, are wanted.
 
     Return vectors, which are null, values, and which samples float32 is not accurate for, ``n``.
@@ -170,69 +179,102 @@ def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int) -> Searc
     peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
     identity = torch.eye(gram.shape[-1], device=gram.device)
-    on_cpu = gram.device.type == "cpu"
-    if not on_cpu or bool(outside.any()):
+    if fixed or bool(outside.any()):
         gram = torch.where(rearrange(outside, "n -> n 1 1"), identity, gram)
+        peak = torch.where(outside, 1, peak)
     if kept == gram.shape[-1]:
-        ritz = yield from _ritz(gram, identity.expand_as(gram), None if on_cpu else sides)
+        ritz = yield from _ritz(gram, None, sides if fixed else None)
     else:
-        block = _start(kept, gram.shape[-1], gram.device) @ gram @ gram
-        ritz = yield from _ritz(gram, _orthonormal(block))
-        filters = FILTERS_CPU if on_cpu else FILTERS
-        for i in range(filters):
-            if on_cpu and bool(_converged(ritz, last).all()):
-                break
-            precise = not on_cpu and i == filters - 1
-            block = _orthonormal(_filter(gram, ritz))
-            ritz = yield from _ritz(gram, block, sides if precise else None)
-    converged = _converged(ritz, last)
-    if on_cpu and bool((ritz.values[:, :1] > STEEP * ritz.values.gather(1, last)).any()):
+        block = _start(kept, gram.shape[-1], gram.device) @ gram
+        block = _orthonormal((block / rearrange(peak, "n -> n 1 1")) @ gram @ gram)
+        if fixed:
+            ritz = yield from _ritz(gram, block)
+            for i in range(FILTERS):
+                block = _orthonormal(_filter(gram, ritz, _edge(ritz.values), DEGREE))
+                ritz = yield from _ritz(gram, block, sides if i == FILTERS - 1 else None)
+        else:
+            ritz = yield from _until_converged(gram, block, last)
+    angle, resolved = _angle(ritz, last)
+    if not fixed and bool((ritz.values[:, :1] > STEEP * ritz.values.gather(1, last)).any()):
         ritz = yield from _ritz(gram, ritz.vectors, sides)
     close = ritz.values[:, 1:] >= (1 - CLOSE) * ritz.values[:, :-1]
     close &= torch.arange(kept - 1, device=last.device) <= last
-    doubtful = outside | close.any(dim=1) | ~converged
+    doubtful = outside | close.any(dim=1) | ~resolved | (angle > TOLERANCE)
     return ritz.vectors, ritz.values <= ROUNDING * ritz.values[:, :1], ritz.values, doubtful
 
 
-def _ritz(gram: Tensor, rows: Tensor, sides: list[Tensor] | None = None) -> Step:
-    """Return the eigenpairs in the span of orthonormal rows.
+def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
+    """Filter orthonormal rows as long as it helps, by degrees that fit: a third less time.
+
+    The first filter goes without a Ritz step, by as much as leaves most rows independent.
+    """
+    images = block @ gram
+    lengths = torch.linalg.vector_norm(images, dim=-1)
+    top, edge = lengths.amax(dim=1, keepdim=True), lengths.amin(dim=1, keepdim=True)
+    degree = int((LOG_SPREAD / _growth(top, edge)).median().clamp(2, MOST))
+    block = _filter(gram, _Ritz(top.expand_as(lengths), block, images), edge, degree)
+    ritz = yield from _ritz(gram, _orthonormal(block))
+    for _ in range(FILTERS_CPU):
+        angle, resolved = _angle(ritz, last)
+        rest = (resolved & (angle > TOLERANCE)).nonzero()[:, 0]
+        if not len(rest):
+            break
+        # Most go with the others, which spares the copy of their matrices.
+        some = rest if 2 * len(rest) <= len(gram) else slice(None)
+        part, matrix = _Ritz(*(whole[some] for whole in ritz)), gram[some]
+        edge = _edge(part.values)
+        growth = _growth(part.values, edge).clamp_min(TINY)
+        # To a tenth of the tolerance, as far as float32 reaches.
+        needed = torch.log(angle[some] * 10 / TOLERANCE) / growth.gather(1, last[some])[:, 0]
+        degree = int(torch.minimum(needed.max(), LOG_RANGE / growth.max()).clamp(1, MOST))
+        part = yield from _ritz(matrix, _orthonormal(_filter(matrix, part, edge, degree)))
+        for whole, better in zip(ritz, part, strict=True):
+            whole[some] = better
+    return ritz
+
+
+def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) -> Step:
+    """Return the eigenpairs in the span of orthonormal rows, by default in the whole space.
 
     Given the maps it takes their own products in float64: a value far below the largest is lost in
     a Gram matrix in float32.
     """
-    images = rows @ gram
+    images = gram if rows is None else rows @ gram
     if sides is None:
-        inner = images.double() @ rows.double().mT
+        inner = gram if rows is None else (images @ rows.mT).double()
     else:
-        parts = zip(torch.split(rows, [len(side) for side in sides]), sides, strict=True)
-        wide = [(part[..., : side.shape[1]] @ side).double() for part, side in parts]
-        inner = torch.cat([x @ x.mT for x in wide])
+        spans = sides
+        if rows is not None:
+            parts = zip(torch.split(rows, [len(side) for side in sides]), sides, strict=True)
+            spans = [part[..., : side.shape[1]] @ side for part, side in parts]
+        inner = _stack([x @ x.mT for x in map(Tensor.double, spans)], images.shape[1])
     # What has left the range of float32 becomes zero, which does not count as converged.
     values, basis = yield torch.nan_to_num(inner, nan=0.0, posinf=0.0, neginf=0.0)
     rotation = basis.flip(-1).mT.float()
-    return _Ritz(values.flip(-1).clamp_min(0).float(), rotation @ rows, rotation @ images)
+    values = values.flip(-1).clamp_min(0).float()
+    if rows is None:
+        return _Ritz(values, torch.nn.functional.normalize(rotation, dim=-1), images)
+    return _Ritz(values, rotation @ rows, rotation @ images)
 
 
-def _converged(ritz: _Ritz, last: Tensor) -> Tensor:
-    """Say for which samples all wanted vectors lie in the leading subspace, to `TOLERANCE`, ``n``.
+def _angle(ritz: _Ritz, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the angle, in radian, between the wanted vectors and the leading subspace, ``n``.
 
-    The angle is bounded by the residual over the gap to what lies outside the subspace; what
-    rounding makes of it is bounded likewise.
+    By the residual over the gap to what lies outside the subspace. Also say whether float32
+    resolves that gap: what rounding makes of the angle is bounded likewise.
     """
     values, vectors, images = ritz
     least = values.gather(1, last)
     if vectors.shape[1] == vectors.shape[2]:  # nothing lies outside
-        whole: Tensor = TOLERANCE * least > ROUNDING * values[:, :1]
-        return whole[:, 0]
+        return torch.zeros_like(least[:, 0]), (TOLERANCE * least > ROUNDING * values[:, :1])[:, 0]
     residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
     residual = torch.linalg.vector_norm(residual, dim=-1)
     gap = (values - _edge(values)).clamp_min(TINY)
     wanted = torch.arange(values.shape[1], device=last.device) <= last
-    within = ~wanted | (residual <= TOLERANCE * gap)
-    within &= TOLERANCE * gap.gather(1, last) > ROUNDING * values[:, :1]
     # A larger value may hide in a vector that has not converged, at most its residual above it.
-    found: Tensor = within & (wanted | (values + residual <= least))
-    return found.all(dim=1)
+    angle = torch.where(wanted, residual / gap, (values + residual > least).float())
+    resolved = TOLERANCE * gap.gather(1, last) > ROUNDING * values[:, :1]
+    return torch.nan_to_num(angle.amax(dim=1), nan=1.0), resolved[:, 0]
 
 
 def _edge(values: Tensor) -> Tensor:
@@ -241,36 +283,40 @@ def _edge(values: Tensor) -> Tensor:
     return edge
 
 
-def _filter(gram: Tensor, ritz: _Ritz) -> Tensor:
+def _growth(values: Tensor, edge: Tensor) -> Tensor:
+    """Return by how much a degree more lets T_m(2 value/edge - 1) grow, natural logarithm."""
+    return torch.acosh((2 * values / edge - 1).clamp_min(1))
+
+
+def _filter(gram: Tensor, ritz: _Ritz, edge: Tensor, degree: int) -> Tensor:
     """Return the vectors times T_m(2 G/edge - 1), m the degree, ``n p s``.
 
     T_m is at most one below the edge and grows like exp(m acosh(x)) above. Half of that is taken
-    off before, so that neither end leaves the range of float32. On the CPU a steep sample lowers
-    the degree, elsewhere it takes a higher edge, and may want float64.
+    off before, so that neither end leaves the range of float32. What would leave it all the same
+    takes a higher edge, and may want float64.
     """
     values, vectors, images = ritz
-    edge, degree = _edge(values), DEGREE
-    if values.device.type == "cpu":
-        most = torch.acosh((2 * values[:, 0] / edge[:, 0] - 1).clamp_min(1)).max()
-        degree = max(1, min(DEGREE, int(LOG_RANGE / most.clamp_min(1))))
     edge = torch.maximum(edge, values[:, :1] / math.cosh(LOG_RANGE / degree / 2) ** 2)
-    growth = torch.acosh((2 * values / edge - 1).clamp_min(1))
-    scale = torch.exp(growth * (-degree / 2)).unsqueeze(-1)
+    scale = torch.exp(_growth(values, edge) * (-degree / 2)).unsqueeze(-1)
     ratio = rearrange(values, "n q -> n 1 q") > DOMINATES * rearrange(values, "n p -> n p 1")
     dominates, slope = ratio.float(), rearrange(2 / edge, "n 1 -> n 1 1")
     before = vectors * scale
     rows = torch.addcmul(-before, images * scale, slope)
     twice = gram * (2 * slope)  # 2 x, with x = 2 G/edge - 1
     twice.diagonal(dim1=-2, dim2=-1).sub_(2)
+    on_cpu = gram.device.type == "cpu"
+    clear_every = MOST + 1 if on_cpu and not bool(dominates.any()) else CLEAR_EVERY
     for m in range(2, degree + 1):  # T_m = 2 x T_m-1 - T_m-2, in the place of T_m-2
         rows, before = before.baddbmm_(rows, twice, beta=-1), rows
-        if m % CLEAR_EVERY == 0:
+        if m % clear_every == 0:
             rows = torch.baddbmm(rows, (rows @ vectors.mT) * dominates, vectors, alpha=-1)
     return rows
 
 
 def _stack(grams: list[Tensor], size: int) -> Tensor:
     """Put Gram matrices together, padded to a size by zeros."""
+    if len(grams) == 1 and grams[0].shape[-1] == size:
+        return grams[0]
     more = [size - gram.shape[-1] for gram in grams]
     pad = torch.nn.functional.pad
     return torch.cat([pad(g, (0, m, 0, m)) if m else g for g, m in zip(grams, more, strict=True)])
@@ -305,35 +351,30 @@ def _orthonormal(block: Tensor) -> Tensor:
 def _jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `torch.linalg.eigh` does, to small matrices ``n p p``, without asking the host.
 
-    A fixed number of sweeps of rotations of disjoint pairs (Brent & Luk 1985).
+    A fixed number of sweeps of rotations of disjoint pairs (Brent & Luk 1985); p is even.
     """
     size = matrix.shape[-1]
-    odd = size % 2
-    matrix = torch.nn.functional.pad(matrix, (0, odd, 0, odd))
-    turns = _turns((size + odd) // 2, matrix.dtype, matrix.device)
-    basis = torch.eye(size + odd, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    for _ in range(SWEEPS * (size + odd - 1)):
+    turns = _turns(size, matrix.dtype, matrix.device)
+    basis = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    for _ in range(SWEEPS * (size - 1)):
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         coupling = matrix.diagonal(offset=1, dim1=-2, dim2=-1)[:, 0::2]
         tangent = 2 * coupling / (diagonal[:, 0::2] - diagonal[:, 1::2])
         angle = torch.nan_to_num(tangent.atan()) / 2  # 0/0 needs no rotation
         rotation = torch.cat([angle.cos(), angle.sin()], dim=1) @ turns
-        rotation = rearrange(rotation, "n (p q) -> n p q", p=size + odd)
+        rotation = rearrange(rotation, "n (p q) -> n p q", p=size)
         matrix, basis = rotation.mT @ matrix @ rotation, basis @ rotation
     values, order = matrix.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
-    order = rearrange(order, "n p -> n 1 p").expand(-1, size + odd, -1)
-    return values[:, odd:], basis.gather(2, order)[:, :size, odd:]
+    return values, basis.gather(2, repeat(order, "n q -> n p q", p=size))
 
 
 @cache
-def _turns(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _turns(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what makes rotations of cosines and sines, and moves all but one index on a ring."""
-    size = 2 * half
     ring = [*range(2, size, 2), *range(size - 1, 0, -2)]
     to = {0: 0, **dict(zip(ring, ring[1:] + ring[:1], strict=True))}  # so that each meets each
-    turns = torch.zeros(2, half, size, size, dtype=dtype)
-    for pair in range(half):
-        p, q = 2 * pair, 2 * pair + 1
-        turns[0, pair, p, to[p]] = turns[0, pair, q, to[q]] = 1
-        turns[1, pair, q, to[p]], turns[1, pair, p, to[q]] = 1, -1
+    turns = torch.zeros(2, size // 2, size, size, dtype=dtype)
+    for p in range(0, size, 2):
+        turns[0, p // 2, p, to[p]] = turns[0, p // 2, p + 1, to[p + 1]] = 1
+        turns[1, p // 2, p + 1, to[p]], turns[1, p // 2, p, to[p + 1]] = 1, -1
     return rearrange(turns, "t h p q -> (t h) (p q)").to(device)

@@ -41,17 +41,13 @@ class SVDFeature(nn.Module):
       repeated values among the rest do no harm. Two values that rounding the input could exchange
       count as repeated: the rotation between their vectors is undefined and gets zero gradient. A
       vector of singular value zero is an arbitrary unit vector orthogonal to the others; an
-      all-zero map gives such vectors and zero gradient, and so does a map whose largest entry is
-      below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
-    - Cost: float32 maps, and half precision, which comes in as it is, under autocast too, and goes
-      out as float32, take a Gram matrix of the shorter side and a few thin products with it
-      (subspace iteration), always in whole float32. Where a returned value stands 1 % off its
-      neighbours, 1 - |cos| is below 1e-6 and the gradient within 1e-3 of the true one. A sample on
-      which this does not converge, whose values are closer than 0.05 %, or whose range is too wide
-      for float32 takes the way of float64 maps: a whole eigendecomposition of the Gram
-      matrix in float64, in which a vector's error is some 1e-16 (σ_1/σ)² over its relative gap, and
-      nothing is resolved below σ_1 · 1e-7. A GPU runs a fixed number of rounds and is waited for
-      four or five times a call. On a device without float64 the CPU does the work.
+      all-zero map gives such vectors and zero gradient, and so does a map whose largest singular
+      value is below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
+    - Precision: float32 and half-precision maps are solved in float32, whatever autocast or TF32
+      allow, and come out as float32. Where a returned value stands 1 % off its neighbours,
+      1 - |cos| is below 1e-6 and the gradient within 1e-3 of the true one. Samples that float32 can
+      not resolve are decomposed in float64, as float64 maps are. On a device without float64 the
+      CPU does the work.
 
     Args:
         k: Singular vectors kept, largest value first. Count, 1 ≤ k ≤ min(positions, channels).
@@ -97,8 +93,9 @@ class TopVectors(NamedTuple):
     Shape:
         - all: unit vectors with canonical signs, ``b k c``, without gradient
         - null: whether the singular value is zero up to rounding, ``b k``
-        - values: squared singular values, largest first, ``b k``; float64 maps: ``b s``, scaled
-        - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: its eigenvectors
+        - values: squared singular values, largest first, ``b k``; float64 maps: all of them, ``b s``,
+          not squared
+        - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: all vectors, ``b s c``
         - doubtful: which samples want float64, ``b``; unless capturable, on the host, and they have
           got it
         - rows: the maps, ``b n c``
@@ -114,9 +111,6 @@ class TopVectors(NamedTuple):
 
     def vectors(self, index: Tensor | None = None) -> Tensor:
         """Return the vectors, or those of an index ``b j``, with their gradient, ``b j c``."""
-        if index is None:
-            index = torch.arange(self.all.shape[1], device=self.all.device)
-            index = repeat(index, "k -> b k", b=len(self.all))
         *found, rows, capturable = self
         vectors: Tensor = _WithGradient.apply(rows, index, *found, capturable)  # type: ignore[no-untyped-call] # torch's own method has no types
         return vectors
@@ -162,7 +156,7 @@ def _find(
                 if bool(part.any()):
                     check_finite(maps[i], names[i])
                     some = part.nonzero()[:, 0].to(device)
-                    vectors, null, _, _ = exact_vectors(maps[i][some], counts[i])
+                    vectors, null, *_ = exact_vectors(maps[i][some], counts[i])
                     results[i][0][some], results[i][1][some] = vectors.float(), null
         for i in set(range(len(maps))) - {*fast}:
             check_finite(maps[i], names[i])
@@ -180,7 +174,7 @@ def _fake_find(
     for rows, k in zip(maps, counts, strict=True):
         (b, n, c), double = rows.shape, rows.dtype == torch.float64
         s, real = min(n, c), rows.new_empty(0, dtype=torch.float64 if double else torch.float32)
-        vectors, values, basis = (b, k, c), (b, s if double else k), (b, s, s)
+        vectors, values, basis = (b, k, c), (b, s if double else k), (b, s, c if double else s)
         results += [real.new_empty(vectors), rows.new_empty((b, k), dtype=torch.bool)]
         results += [real.new_empty(values), real.new_empty(basis)]
         results += [torch.empty(b, dtype=torch.bool, device=rows.device if capturable else "cpu")]
@@ -194,7 +188,7 @@ class _WithGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        index: Tensor,
+        index: Tensor | None,
         vectors: Tensor,
         _null: Tensor,
         values: Tensor,
@@ -202,7 +196,11 @@ class _WithGradient(torch.autograd.Function):
         doubtful: Tensor,
         capturable: bool,
     ) -> Tensor:
-        chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
+        if index is None:
+            index = torch.arange(vectors.shape[1], device=vectors.device)
+            index, chosen = repeat(index, "k -> b k", b=len(vectors)), vectors.clone()
+        else:
+            chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
         ctx.save_for_backward(rows, index, chosen, values, basis, doubtful)
         ctx.capturable = capturable
         return chosen
