@@ -93,8 +93,8 @@ class TopVectors(NamedTuple):
     Shape:
         - all: unit vectors with canonical signs, ``b k c``, without gradient
         - null: whether the singular value is zero up to rounding, ``b k``
-        - values: squared singular values, largest first, ``b k``; float64 maps: all of them, ``b s``,
-          not squared
+        - values: squared singular values, largest first, ``b k``; float64 maps: all, ``b s``, not
+          squared
         - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: all vectors, ``b s c``
         - doubtful: which samples want float64, ``b``; unless capturable, on the host, and they have
           got it
