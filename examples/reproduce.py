@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cifar100_vgg
 import common
@@ -130,18 +130,19 @@ def main(settings: Settings) -> None:
     if settings.render:
         return
     torch.backends.cudnn.benchmark = True
-    diverged: dict[str, Any] = {}
+    file, diverged = settings.out / "records.jsonl", dict[str, DivergedError]()
     for row, method, of_cell in cells(settings):
         name = f"{row.title}, {method}, seed {of_cell.seed}"
         if f"{row.title}, teacher, seed {of_cell.seed}" in diverged and method != "student":
             continue
         try:
+            before = len(common.read_records(file))
             train_cell(row, method, of_cell)
+            if len(common.read_records(file)) > before:
+                draw(file)
         except DivergedError as error:
             diverged[name] = error
-        else:
-            draw(settings.out / "records.jsonl")
-    show(settings.out / "records.jsonl")
+    show(file)
     if diverged:
         named = "\n".join(f"{name}: {error}" for name, error in diverged.items())
         sys.exit(f"reproduce.py: cells without a result:\n{named}")

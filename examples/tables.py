@@ -11,6 +11,7 @@ import pandas as pd
 from baselines import RECIPES
 from common import save_figure
 from matplotlib.figure import Figure
+from networks import NETWORKS
 
 Table = Literal["cifar100", "tinyimagenet", "students", "heads", "sota"]
 TITLES = {"teacher": "Teacher", "student": "Student"}
@@ -24,7 +25,7 @@ TITLES |= {
 }
 PAIRED = ["data", "classes", "images", "seed", "student", "split", "student_share", "epochs"]
 PAIRED += ["student_width", "width", "learning_rate", "batch_size", "amp"]
-VARIED = ["data", "student", "split", "student_share", "student_width", "epochs", "first_epochs"]
+VARIED = ["data", "network", "split", "student_share", "student_width", "epochs", "first_epochs"]
 VARIED += ["num_heads", "gate", "bound", "width", "learning_rate", "amp", "batch_size", "classes"]
 
 
@@ -146,13 +147,20 @@ def pair_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def place_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return where a record stands in a table: by settings, those without one first; by method."""
-    values = [value_of(settings, name) for name in VARIED]
-    first = [(value != MISSING, 0 if value == MISSING else value) for value in values]
+    values = {name: value_of(settings, name) for name in VARIED}
+    if values["network"] != MISSING:
+        values["network"] = list(NETWORKS).index(values["network"])  # a teacher before its students
+    first = [(value != MISSING, 0 if value == MISSING else value) for value in values.values()]
     return (*first, list(TITLES).index(settings["method"]), settings["seed"])
 
 
 def value_of(settings: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a record; the first records have no width of the student."""
+    """Return a setting of a record; "network" is the trained one.
+
+    The first records have no width of the student.
+    """
+    if name == "network":
+        name = "teacher" if settings["method"] == "teacher" else "student"
     given = settings["method"] != "teacher" and name == "student_width"
     return settings.get(name, 1.0 if given else MISSING)
 

@@ -80,6 +80,21 @@ def test_gains_are_paired_by_seed():
     assert lines[3][:4] == ("MHGD", "3.0", "41.00 (1)", "+1.00 (1)")
 
 
+def test_teachers_of_two_pairs_are_two_lines():
+    records = [
+        {"settings": about | {"seed": 0, "data": "x"}, "accuracy": 1.0, "phases": {"a": [epoch]}}
+        for epoch in [{"epoch": 1, "test_accuracy": 1.0}]
+        for about in (
+            {"method": "student", "student": "WRN-10-4"},
+            {"method": "teacher", "teacher": "WRN-22-4"},
+            {"method": "student", "student": "VGG7"},
+            {"method": "teacher", "teacher": "VGG16"},
+        )
+    ]
+    lines = cells(tables.markdown(records))
+    assert [line[1] for line in lines] == ["network", "VGG16", "VGG7", "WRN-22-4", "WRN-10-4"]
+
+
 def test_a_picture_is_drawn_from_records(tmp_path):
     tables.picture(common.read_records(TRAINED[0]), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
