@@ -91,6 +91,12 @@ class Settings:
             raise ValueError(
                 f"`--device` must be a device of this machine, as cpu; got {self.device}."
             ) from error
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.device == "cuda" and torch.cuda.device_count() < here:
+            raise ValueError(
+                f"`--device` must be cpu, or cuda with a GPU for each of {here} processes; "
+                f"got cuda and {torch.cuda.device_count()} GPUs."
+            )
         if self.batch_size % num_processes():
             raise ValueError(
                 f"`--batch-size` must be a multiple of {num_processes()}, the number of processes; "
@@ -108,12 +114,12 @@ def command(main: Callable[[S], object], settings: type[S], description: str | N
 
     Under torchrun the processes form one group: over NCCL with a GPU each, else over gloo.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            gpus, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+            if rank < gpus:
+                torch.cuda.set_device(rank)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         parsed = tyro.cli(settings, description=description)
         if (threads := getattr(parsed, "threads", None)) is not None:
             torch.set_num_threads(threads)
@@ -121,7 +127,7 @@ def command(main: Callable[[S], object], settings: type[S], description: str | N
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     finally:
-        if several:
+        if process_group() is not None:
             dist.destroy_process_group()
 
 

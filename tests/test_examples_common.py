@@ -79,16 +79,6 @@ def test_a_truncated_archive_and_a_missing_folder_are_named(tmp_path):
         common.read_cifar100(tmp_path / "none")
 
 
-def test_a_download_that_fails_says_what_to_do(monkeypatch):
-    def fail(*_, **__):
-        raise ValueError("MD5 hash does not match")
-
-    monkeypatch.setattr(common.pooch, "retrieve", fail)
-    for read in (common.read_cifar100, common.read_tinyimagenet):
-        with pytest.raises(RuntimeError, match=r"could not be downloaded .*MD5.* `--data-dir`"):
-            read(None)
-
-
 def write_tiny(root, flat=True):
     """Write two classes, not in sorted order, with a grey image and a 10 beside a 9."""
     (root / "val/images").mkdir(parents=True)
@@ -206,8 +196,7 @@ def test_accuracy_is_that_of_all_test_images_in_evaluation_mode():
 @pytest.mark.parametrize(("epochs", "falls"), [(10, [3, 6, 8]), (5, [2, 3, 4]), (1, [1])])
 def test_rate_falls_at_30_60_and_80_per_cent(epochs, falls):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = common.step_decay(optimizer, epochs)
-    assert sorted(schedule.milestones) == falls
+    assert sorted(common.step_decay(optimizer, epochs).milestones) == falls
 
 
 def test_a_run_that_diverges_leaves_no_record(tmp_path):
@@ -250,14 +239,6 @@ def test_a_damaged_checkpoint_and_damaged_records_are_named(tmp_path):
     (tmp_path / "records.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"records.jsonl` must hold a JSON .*Move it away"):
         common.read_records(tmp_path / "records.jsonl")
-
-
-def test_a_write_that_fails_keeps_what_was_there(tmp_path, monkeypatch):
-    common.write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space")))
-    with pytest.raises(OSError, match="no space"):
-        common.write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
