@@ -30,6 +30,7 @@ from common import Data, DivergedError
 from networks import Network, build
 from tables import TABLES, Row, Table, markdown, picture
 from train_baseline import Distillation
+from tyro.conf import Fixed, Suppress
 
 Method = Literal[
     "student", "soft-logits", "fitnet", "at", "fsp", "dml", "kd-svd", "kd-svdf", "ft", "ab", "rkd",
@@ -49,6 +50,9 @@ class Settings(cifar100_vgg.Settings):
     methods: tuple[Method, ...] = ()  # only these methods; else the table's and each form of MHGD
     seeds: tuple[int, ...] = (0, 1, 2)  # a cell each
     render: tuple[Path, ...] = ()  # print and draw these files of records, and train nothing
+    # Set for each cell, so no flags here.
+    seed: Fixed[Suppress[int]] = 0
+    method: Fixed[Suppress[tuple[cifar100_vgg.Method, ...]]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -127,8 +127,11 @@ def test_a_closed_gate_trains_the_student_as_alone(data, tmp_path):
 
 
 def killed_until_done(main, settings, kills=5):
-    """Run in forks, kill the first ones at random moments; return epochs kept after each."""
-    moment, kept = random.Random(0), []
+    """Run in forks, kill the first ones at random moments; return epochs kept after each.
+
+    A random moment after one more epoch: a slow machine may not have begun before.
+    """
+    moment, kept = random.Random(0), [0]
     for attempt in range(kills + 1):
         if (process := os.fork()) == 0:
             try:
@@ -137,7 +140,10 @@ def killed_until_done(main, settings, kills=5):
             finally:
                 os._exit(1)
         if attempt < kills:
-            time.sleep(moment.uniform(0.1, 0.8))
+            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while epochs_in(settings.out) == kept[-1] and not os.waitid(os.P_PID, process, ended):
+                time.sleep(0.02)
+            time.sleep(moment.uniform(0, 0.4))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             kept.append(epochs_in(settings.out))
@@ -191,8 +197,12 @@ def test_a_wrong_input_ends_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert "cifar100_vgg.py: `--data-dir` must be or contain" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    for wrong, message in (("--epochs=0", "must be ≥ 1; got 0"), ("--epoch=1", "Unrecognized")):
-        done = start(*command, wrong, cwd=tmp_path)
+    for script, wrong, message in (
+        ("cifar100_vgg.py", "--epochs=0", "must be ≥ 1; got 0"),
+        ("cifar100_vgg.py", "--epoch=1", "Unrecognized"),
+        ("reproduce.py", "--seed=1", "Unrecognized"),  # that is --seeds
+    ):
+        done = start(EXAMPLES / script, wrong, cwd=tmp_path)
         assert done.returncode == 2
         assert message in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
