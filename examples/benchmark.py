@@ -1,180 +1,265 @@
 r"""What the method costs: singular vectors, a whole step, growth over the batch.
 
     python examples/benchmark.py --out runs/benchmark
-    python examples/benchmark.py --device cuda --out runs/benchmark_cuda
+    python examples/benchmark.py --device cuda --part step --out runs/benchmark_cuda
 
-On two CPU cores the first takes some 15 minutes (``--part`` takes one or two of the three). Four
-networks at full width (VGG16, VGG7, WRN-22-4, WRN-10-4) are first trained for ``--train-steps`` on
-scikit-learn's digits at 32×32, or on CIFAR-100 with ``--data-dir``, so that the maps are those of
-networks that have learnt; they are kept in ``--out``. All that is compared takes its turn in every
-round, and the table gives medians and the median of the rounds' ratios. Left in ``--out``: a JSON
-file a part (every number, versions, hardware), ``benchmark.md`` (the tables) and ``vectors.png``.
+Some 15 minutes on two CPU cores. Four networks (VGG16, VGG7, WRN-22-4, WRN-10-4) first learn
+scikit-learn's digits at 32×32, so that the maps are those of trained networks. All that is compared
+takes its turn in every round; the tables give medians, and the median of the rounds' ratios.
+``OUT/benchmark.jsonl`` holds a record a part, ``OUT/benchmark.png`` the singular vectors.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+import bench_vectors
+import common
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from bench_vectors import KINDS, median_ratio, paired_seconds, peak_bytes
+from common import Data, ImageSet
 from einops import rearrange, repeat
-from parts.augment import Normalize, batches
-from parts.bench_growth import measure_growth
-from parts.bench_step import measure_step
-from parts.bench_tables import plot_vectors, tables
-from parts.bench_vectors import Point, measure_vectors, small_gaps
-from parts.config import check_above_zero, check_at_least, check_device, flag, parse, plain
-from parts.data import ImageSet, load_cifar100
-from parts.engine import nesterov
-from parts.environment import environment
-from parts.files import load_model, save_model, write_atomically, write_json
-from parts.models import Network, build
+from networks import Network, build
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.optim import SGD
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
-from graph_kd import FeatureHooks
+from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
 PAIRS = (("VGG16", "VGG7"), ("WRN-22-4", "WRN-10-4"))  # teacher, student
+CHANNELS = (64, 128)  # of the pair whose loss grows with the batch
 Part = Literal["vectors", "step", "growth"]
+Tasks = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of a run; each is a flag."""
 
-    out: Path = flag(Path("runs/benchmark"), "folder of the results and of the networks")
-    part: tuple[Part, ...] = flag(("vectors", "step", "growth"), "what to measure")
-    data_dir: Path | None = flag(None, "CIFAR-100 to train on instead of digits")
-    train_steps: int = flag(60, "steps that each network learns first")
-    batch_size: int = flag(128, "images a step")
-    width: float = flag(1.0, "factor on every channel count")
-    repeats: int = flag(7, "rounds")
-    samples: tuple[int, ...] = flag((256, 512, 1024, 2048, 4096, 8192), "batch sizes of growth")
-    plain_up_to: int = flag(2048, "largest batch whose graphs are also held whole")
-    threads: int | None = flag(None, "CPU threads of torch")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to run")
+    out: Path = Path("runs/benchmark")  # folder of the results
+    part: tuple[Part, ...] = ("vectors", "step", "growth")  # what to measure
+    train_steps: int = 60  # steps that each network learns first
+    batch_size: int = 128  # images a step
+    width: float = 1.0  # factor on every channel count
+    repeats: int = 7  # rounds
+    samples: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # batch sizes of growth
+    plain_up_to: int = 2048  # largest batch whose graphs are also held whole
+    threads: int | None = None  # CPU threads of torch
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
     def __post_init__(self) -> None:
-        check_at_least(self, train_steps=1, batch_size=2, repeats=1, threads=1)
-        check_above_zero(self, "width")
-        check_device(self)
+        for name, least in {"train_steps": 1, "batch_size": 2, "repeats": 1, "threads": 1}.items():
+            if (got := getattr(self, name)) is not None and got < least:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ {least}; got {got}.")
 
 
-def digits() -> ImageSet:
-    """Return scikit-learn's digits as 32×32 images of three channels."""
+def digits(settings: Settings) -> Data:
+    """Return scikit-learn's digits as 32×32 images of three channels, on the device."""
     pixels, labels = load_digits(return_X_y=True)
     images = rearrange(torch.from_numpy(pixels).float(), "n (h w) -> n 1 h w", h=8)
     images = F.interpolate(images * 15, size=(32, 32), mode="bilinear")
     images = repeat(images.to(torch.uint8), "n 1 h w -> n c h w", c=3)
-    return ImageSet(images, torch.from_numpy(labels), tuple("0123456789"))
+    mean, std = (part.to(settings.device) for part in common.moments(images))
+    train = ImageSet(images.to(settings.device), torch.from_numpy(labels).to(settings.device))
+    return Data(train, train, 10, settings.batch_size, 0, mean, std)
 
 
-def trained(name: str, images: ImageSet, config: Config) -> Network:
-    """Return a network after a few steps, from the run's folder if it is there."""
+def trained(name: str, data: Data, settings: Settings) -> Network:
+    """Return a network after a few steps."""
     torch.manual_seed(0)
-    network = build(name, images.num_classes, config.width).to(config.device)
-    about = {"network": name, "width": config.width, "classes": images.num_classes}
-    about |= {
-        "steps": config.train_steps,
-        "batch": config.batch_size,
-        "torch": str(torch.__version__),
-    }
-    path = config.out / f"{name}.pt"
-    if path.exists():
-        load_model(path, network, about, name=f"{name}.pt in --out")
-        return network
-    normalize, optimizer = Normalize(images), nesterov(list(network.parameters()), 0.02)
-    generator, steps = torch.Generator().manual_seed(0), 0
-    with tqdm(total=config.train_steps, desc=f"{name} learns", leave=False) as bar:
-        while steps < config.train_steps:
-            for batch, labels in batches(images, config.batch_size, generator):
-                optimizer.zero_grad()
-                F.cross_entropy(network(normalize(batch)), labels).backward()  # type: ignore[no-untyped-call] # torch's own has no types
-                optimizer.step()
-                bar.update()
-                steps += 1
-                if steps == config.train_steps:
-                    break
-    save_model(path, network, about)
+    network = build(name, data.classes, settings.width).to(settings.device)
+    optimizer = SGD(network.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    stream = endless(data)
+    for _ in tqdm(range(settings.train_steps), f"{name} learns", leave=False):
+        images, labels = next(stream)
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(network(images), labels))
+        optimizer.step()
     return network
 
 
-def points_of(teacher: Network, student: Network, images: Tensor) -> list[Point]:
-    """Return the maps of both networks at every sensing point."""
-    maps = []
-    for network in (teacher.eval(), student.train()):
-        hooks = FeatureHooks(network, network.sensing_points)
-        with torch.no_grad():
-            network(images)
-            maps.append(hooks.features)
-        hooks.remove()
-    return [
-        Point(f"{t.shape[2] * t.shape[3]}×{t.shape[1]}", t, s) for t, s in zip(*maps, strict=True)
-    ]
+def endless(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches as training takes them."""
+    order = torch.Generator().manual_seed(0)
+    while True:
+        yield from data.batches(order)
 
 
-def run(config: Config) -> str:
-    """Measure all parts, write the results after each, and return the tables."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = True
-    device = torch.device(config.device)
-    image_set = digits() if config.data_dir is None else load_cifar100(config.data_dir)[0]
-    image_set = image_set.to(device)
-    images = Normalize(image_set)(image_set.images[: config.batch_size])
-    networks = {
-        name: trained(name, image_set, config)
-        for pair in PAIRS
-        for name in pair
-        if {"vectors", "step"} & set(config.part)
+def measure_step(teacher: Network, student: Network, data: Data, settings: Settings) -> Any:
+    """Return seconds of a step and of its parts.
+
+    The floor is the teacher's forward pass, the student's, and two backward passes.
+    """
+    stream = endless(data)
+    images, labels = next(stream)
+    teacher.eval().requires_grad_(False)
+    params = list(student.train().parameters())
+    of_teacher = FeatureHooks(teacher, teacher.sensing_points)
+    of_student = FeatureHooks(student, student.sensing_points)
+    transfer = GraphTransferLoss(student.channels).to(settings.device)
+    optimizer = GatedGradClip(SGD(params, 1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4))
+
+    def task_loss() -> Tensor:
+        return F.cross_entropy(student(images), labels)
+
+    def student_alone() -> None:
+        torch.autograd.grad(task_loss(), params)
+
+    def floor() -> None:
+        teacher(images)
+        task = task_loss()
+        torch.autograd.grad(task, params, retain_graph=True)
+        torch.autograd.grad(task, params)
+
+    def complete() -> None:
+        teacher(images)
+        task = task_loss()
+        graphs = transfer(of_student.features, of_teacher.features)
+        optimizer.zero_grad()
+        optimizer.backward(task, graphs)
+        optimizer.step()
+
+    tasks: Tasks = {
+        "input pipeline": lambda: next(stream),
+        "student alone": student_alone,
+        "teacher forward": lambda: teacher(images),
+        "floor": floor,
+        "complete": complete,
+        "optimizer step": optimizer.step,
     }
-    texts = []
-    for part in dict.fromkeys(config.part):
-        result: dict[str, Any] = {"config": plain(config), "environment": environment(device)}
+    seconds = paired_seconds(tasks, settings.repeats, settings.device)
+    ratios = [("complete", "floor"), ("complete", "student alone")]
+    ratios += [("input pipeline", "student alone")]
+    peaks = {name: peak_bytes(tasks[name], settings.device) for name in ("floor", "complete")}
+    of_student.remove()
+    of_teacher.remove()
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        **{f"{a} / {b}": median_ratio(seconds[a], seconds[b]) for a, b in ratios},
+        "peak_bytes": peaks,
+    }
+
+
+def measure_growth(settings: Settings) -> list[dict[str, Any]]:
+    """Return a row a batch size: the default (blocks of rows) and whole graphs, with backward."""
+    rows = []
+    for size in settings.samples:
+        forms = {"blocks": max(1, min(size // 4, 1024**2 // size)), "default": None}
+        forms |= {"plain": size} if size <= settings.plain_up_to else {}
+        draw = torch.Generator().manual_seed(0)
+        student, teacher = (
+            [torch.randn(size, c, generator=draw).to(settings.device) for c in CHANNELS]
+            for _ in range(2)
+        )
+        tasks = {}
+        for name, block_rows in forms.items():
+            loss = GraphTransferLoss(CHANNELS, block_rows=block_rows).to(settings.device)
+            tasks[name] = partial(loss_gradient, loss, student, teacher)
+        seconds = paired_seconds(tasks, settings.repeats, settings.device)
+        row: dict[str, Any] = {"samples": size, "block_rows": forms["blocks"]}
+        for name, task in tasks.items():
+            row[f"{name}_seconds"] = statistics.median(seconds[name])
+            row[f"{name}_bytes"] = peak_bytes(task, settings.device)
+        if "plain" in seconds:
+            row["blocks / plain"] = median_ratio(seconds["blocks"], seconds["plain"])
+        rows.append(row)
+    return rows
+
+
+def loss_gradient(loss: GraphTransferLoss, student: list[Tensor], teacher: list[Tensor]) -> None:
+    """Compute a loss and its gradient."""
+    inputs = [features.detach().requires_grad_() for features in student]
+    torch.autograd.grad(loss(inputs, teacher), inputs)
+
+
+def tables(record: Mapping[str, Any]) -> str:
+    """Return the part of a record as Markdown; seconds as milliseconds, bytes as MiB."""
+    made, rounds = record["versions"], record["settings"]["repeats"]
+    where = f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}"
+    found = {}
+    for maps, rows in record.get("vectors", {}).items():
+        found[f"Singular vectors, maps {KINDS[maps]}"] = pd.DataFrame(rows).set_index("method")
+    if "step" in record:
+        pairs = pd.DataFrame({pair: flat(values) for pair, values in record["step"].items()}).T
+        found["A step"] = pairs
+    if "growth" in record:
+        found["Growth"] = pd.DataFrame(record["growth"]).set_index("samples")
+    text = [f"{where}, medians of {rounds} rounds."]
+    for title, lines in found.items():
+        shown = lines.drop(columns="seconds_of_points", errors="ignore")
+        for name in shown:
+            if "seconds" in name:
+                shown[name] *= 1e3
+            elif "bytes" in name:
+                shown[name] /= 2**20
+        shown = shown.map(text_of).rename(columns=lambda name: renamed(str(name)))
+        shown = shown.T if title == "A step" else shown
+        text += [f"{title}:", shown.to_markdown(disable_numparse=True)]
+    return "\n\n".join(text) + "\n"
+
+
+def text_of(value: Any) -> str:
+    """Return a cell: three digits of a number, the first words of an error."""
+    if isinstance(value, str):
+        return value.split(":")[0]
+    if value != value:  # NaN: not measured
+        return "–"
+    return f"{value:.0f}" if 1000 <= value < math.inf else f"{value:.3g}"
+
+
+def renamed(name: str) -> str:
+    """Return the name of a column as tables show it."""
+    named = {"ours / this": "graph-kd / this", "vector": "1 - cos", "gradient": "gradient error"}
+    return named.get(name, name.replace("seconds", "ms").replace("_", " ").replace("bytes", "MiB"))
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return nested numbers under joined names."""
+    parts: dict[str, float] = {}
+    for name, value in values.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        parts |= {f"{inner}, {name}" if inner else name: number for inner, number in nested}
+    return parts
+
+
+def main(settings: Settings) -> None:
+    """Measure every part, and write and print its record."""
+    torch.backends.cudnn.benchmark = True
+    file = settings.out / "benchmark.jsonl"
+    data = digits(settings)
+    pairs = {}
+    if {"vectors", "step"} & set(settings.part):
+        pairs = {(t, s): (trained(t, data, settings), trained(s, data, settings)) for t, s in PAIRS}
+    for part in dict.fromkeys(settings.part):
+        about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+        record: dict[str, Any] = {"settings": about, "versions": common.versions(settings.device)}
         if part == "vectors":
-            points = [p for t, s in PAIRS for p in points_of(networks[t], networks[s], images)]
-            result[part] = {
-                "trained": measure_vectors(points, config.repeats, device),
-                "small gaps": measure_vectors(small_gaps(points), config.repeats, device),
-            }
-            plot_vectors(config.out / "vectors.png", result)
+            images = data.normalize(data.train.images[: settings.batch_size])
+            points = [p for pair in pairs.values() for p in bench_vectors.points_of(*pair, images)]
+            record[part] = bench_vectors.measure(points, settings)
         elif part == "step":
-            result[part] = {
-                f"{t} → {s}": measure_step(
-                    networks[t], networks[s], image_set, config.batch_size, config.repeats
-                )
-                for t, s in PAIRS
+            record[part] = {
+                " → ".join(names): measure_step(*pair, data, settings)
+                for names, pair in pairs.items()
             }
         else:
-            result[part] = measure_growth(
-                config.samples, config.plain_up_to, config.repeats, device
-            )
-        write_json(config.out / f"{part}.json", result)
-        texts.append(tables(result))
-        content = "\n".join(texts).encode()
-        write_atomically(config.out / "benchmark.md", partial(_write, content))
-    return "\n".join(texts)
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
-
-
-def main() -> None:
-    """Run the command line; what the user can mend ends in one line."""
-    try:
-        config = parse(Config, __doc__)
-        text = run(config)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    print(text)
-    print(f"Numbers and picture: {config.out}")
+            record[part] = measure_growth(settings)
+        kept = [other for other in common.read_records(file) if part not in other]
+        common.write_records(file, [*kept, record])
+        if part == "vectors":
+            bench_vectors.plot(record[part], file.with_suffix(".png"))
+        print(tables(record))
+    print(f"Numbers: {file}")
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main, Settings, __doc__)

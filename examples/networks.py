@@ -1,25 +1,236 @@
-"""What the networks of the poster cost, as a Markdown table, beside the poster's own numbers.
+"""The nine networks of the poster, and a table of what each costs.
 
     python examples/networks.py
 
-Multiply-adds are those of convolutions and linear layers for one image. The poster's numbers do not
-follow from the architectures that its authors give, so they stand beside the counted ones.
+The table counts the multiply-adds of convolutions and linear layers for one image. The poster's
+numbers do not follow from the architectures in its authors' slides; they stand beside ours.
+
+Axis letters: ``b`` sample, ``c`` channel, ``h w`` space.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import sqrt
 
 import torch
-from parts.config import flag, parse
-from parts.models import NETWORKS, TEACHERS, build
-from parts.multiply_adds import count_multiply_adds, count_parameters
+import tyro
+from einops.layers.torch import Rearrange, Reduce
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-CIFAR100 = (100, 32)  # classes, pixels
-TINYIMAGENET = (200, 64)
-POSTER = {  # millions of operations (its "FLOPS") and of parameters
+MOST_WIDTH = 4.0  # a larger factor is taken for a slip
+VGG_CHANNELS, VGG_HIDDEN = (64, 128, 256, 512, 512), 1024
+STAGE_CHANNELS = (64, 128, 256)  # of all others
+
+
+class Network(nn.Sequential):
+    """A network that names its sensing points: parts one after another, "stages" among them.
+
+    Attributes:
+        name: The architecture, as "VGG16".
+        channels: Channels at the sensing points, the outputs of the stages, front to back.
+        sensing_points: Names of the stages, for `FeatureHooks`.
+        embedding: Submodule whose output, ``b c``, the last layer turns into logits.
+
+    Shape:
+        - images: ``b 3 s s``, s the image size
+        - returns: logits ``b classes``
+    """
+
+    name: str
+
+    def __init__(
+        self, channels: Sequence[int], embedding: str, image_size: int, **parts: nn.Module
+    ) -> None:
+        super().__init__(OrderedDict(parts))
+        self.channels, self.embedding, self.image_size = tuple(channels), embedding, image_size
+        self.sensing_points = tuple(f"stages.{stage}" for stage in range(len(channels)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits; images of another size, which a pooling would hide, are refused."""
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"`images` must have shape (b, 3, {size}, {size}); got {tuple(images.shape)}. "
+                "Build the network with their `image_size`, 32 or 64."
+            )
+        logits: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
+        return logits
+
+
+def vgg(
+    convs: Sequence[int], hidden_layers: int, classes: int, width: float, image_size: int
+) -> Network:
+    """Return a VGG: five stages of 3×3 convolutions, hidden layers and a classifier.
+
+    A stage ends in 2×2 max pooling, the fourth on 64×64 images only. Batch norm between convolution
+    and ReLU is ours: the slides show none. Weights start as in torch's layers.
+    """
+    *channels, hidden = scaled((*VGG_CHANNELS, VGG_HIDDEN), width)
+    stages, incoming = nn.Sequential(), 3
+    for stage, (count, outgoing) in enumerate(zip(convs, channels, strict=True)):
+        layers: list[nn.Module] = []
+        for _ in range(count):
+            conv = nn.Conv2d(incoming, outgoing, kernel_size=3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outgoing), nn.ReLU()]
+            incoming = outgoing
+        if stage != 3 or image_size == 64:
+            layers.append(nn.MaxPool2d(2))
+        stages.append(nn.Sequential(*layers))
+    layers, incoming = [Rearrange("b c h w -> b (c h w)")], incoming * 2 * 2
+    for _ in range(hidden_layers):
+        layers += [nn.Linear(incoming, hidden), nn.ReLU()]
+        incoming = hidden
+    embedding = f"classifier.{len(layers) - 1}"
+    classifier = nn.Sequential(*layers, nn.Linear(incoming, classes))
+    return Network(channels, embedding, image_size, stages=stages, classifier=classifier)
+
+
+def three_stages(
+    block: Callable[[int, int, int], nn.Module],
+    blocks: Sequence[int],
+    classes: int,
+    width: float,
+    image_size: int,
+    *,
+    stem: int = 16,
+    pre_activation: bool = False,
+) -> Network:
+    """Return a first convolution, three stages of blocks, average pooling and a classifier.
+
+    The second and the third stage halve height and width. On 64×64 images the first convolution has
+    stride 2: the slides say so of the WRN. Convolutions start normal with variance 2 / fan-out.
+    With ``pre_activation`` the blocks start with batch norm and ReLU, as in a WRN.
+    """
+    incoming, *channels = scaled((stem, *STAGE_CHANNELS), width)
+    first = convolution(3, incoming, stride=2 if image_size == 64 else 1)
+    front = first if pre_activation else nn.Sequential(first, norm_relu(incoming))
+    stages = nn.Sequential()
+    for outgoing, count, stride in zip(channels, blocks, (1, 2, 2), strict=True):
+        stage = nn.Sequential(block(incoming, outgoing, stride))
+        stage.extend(block(outgoing, outgoing, 1) for _ in range(count - 1))
+        stages.append(stage)
+        incoming = outgoing
+    network = Network(
+        channels,
+        "pool",
+        image_size,
+        stem=front,
+        stages=stages,
+        last=norm_relu(incoming) if pre_activation else nn.Identity(),
+        pool=Reduce("b c h w -> b c", "mean"),
+        classifier=nn.Linear(incoming, classes),
+    )
+    return network.apply(draw_weights)
+
+
+class BasicBlock(nn.Module):
+    """The block of ResNet: two convolutions and a shortcut, then ReLU."""
+
+    def __init__(self, incoming: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            convolution(incoming, channels, stride),
+            norm_relu(channels),
+            convolution(channels, channels),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or incoming != channels:
+            conv = convolution(incoming, channels, stride, kernel_size=1)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the ReLU of residual plus shortcut."""
+        return torch.relu(self.residual(feature) + self.shortcut(feature))
+
+
+class WideBlock(nn.Module):
+    """The block of WRN: batch norm, ReLU, convolution, twice, plus a shortcut.
+
+    The slides show dropout without a rate; there is none here.
+    """
+
+    def __init__(self, incoming: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.activate = norm_relu(incoming)
+        self.residual = nn.Sequential(
+            convolution(incoming, channels, stride),
+            norm_relu(channels),
+            convolution(channels, channels),
+        )
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or incoming != channels:
+            self.shortcut = convolution(incoming, channels, stride, kernel_size=1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return residual plus shortcut."""
+        active = self.activate(feature)
+        shortcut = feature if self.shortcut is None else self.shortcut(active)
+        added: Tensor = self.residual(active) + shortcut
+        return added
+
+
+def plain_block(incoming: int, channels: int, stride: int) -> nn.Module:
+    """Return the block of the modified VGG: convolution, batch norm, ReLU."""
+    return nn.Sequential(convolution(incoming, channels, stride), norm_relu(channels))
+
+
+def separable_block(incoming: int, channels: int, stride: int) -> nn.Module:
+    """Return the block of MobileNet: a depthwise and a pointwise convolution."""
+    return nn.Sequential(
+        convolution(incoming, incoming, stride, groups=incoming),
+        norm_relu(incoming),
+        convolution(incoming, channels, kernel_size=1),
+        norm_relu(channels),
+    )
+
+
+def convolution(
+    incoming: int, channels: int, stride: int = 1, *, kernel_size: int = 3, groups: int = 1
+) -> nn.Conv2d:
+    """Return a convolution that keeps the size at stride 1; batch norm follows, so no bias."""
+    padding = kernel_size // 2
+    return nn.Conv2d(incoming, channels, kernel_size, stride, padding, groups=groups, bias=False)
+
+
+def norm_relu(channels: int) -> nn.Sequential:
+    """Return batch norm and ReLU; not in place, or it would change a sensing point's output."""
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Draw the start of one layer."""
+    if isinstance(module, nn.Conv2d):  # torch's own fan-out leaves out the groups
+        fan_out = module.out_channels * module.weight[0, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=sqrt(2 / fan_out))
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Return the channel counts times ``width``, at least one."""
+    if not 0 < width <= MOST_WIDTH:
+        raise ValueError(f"`width` must be above 0 and at most {MOST_WIDTH:g}; got {width}.")
+    return [max(1, round(count * width)) for count in channels]
+
+
+# Each is called with classes, width and image size.
+NETWORKS: dict[str, Callable[[int, float, int], Network]] = {
+    "VGG16": partial(vgg, (2, 2, 3, 3, 3), 2),
+    "VGG7": partial(vgg, (1, 1, 1, 1, 1), 1),
+    "WRN-22-4": partial(three_stages, WideBlock, (3, 3, 3), pre_activation=True),
+    "WRN-10-4": partial(three_stages, WideBlock, (1, 1, 1), pre_activation=True),
+    "ResNet-small": partial(three_stages, BasicBlock, (1, 1, 1)),
+    "MobileNet": partial(three_stages, separable_block, (1, 2, 2)),
+    "VGG-modified": partial(three_stages, plain_block, (2, 2, 2)),
+    "ResNet32": partial(three_stages, BasicBlock, (5, 5, 5), stem=32),
+    "ResNet8": partial(three_stages, BasicBlock, (1, 1, 1), stem=32),
+}
+POSTER = {  # millions of operations (its "FLOPS") and of parameters, on CIFAR-100
     "VGG16": ("143.7", "11.83"),
     "VGG7": ("17.6", "2.19"),
     "WRN-22-4": ("374.2", "0.417"),
@@ -27,43 +238,56 @@ POSTER = {  # millions of operations (its "FLOPS") and of parameters
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of the table; each is a flag."""
+def build(name: str, classes: int, width: float = 1.0, image_size: int = 32) -> Network:
+    """Return a new network of `NETWORKS`.
 
-    width: float = flag(1.0, "factor on every channel count")
+    Args:
+        name: One of `NETWORKS`.
+        classes: Classes. Count.
+        width: Factor on every channel count.
+        image_size: Height and width of the images, 32 or 64 pixels.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"`name` must be one of {', '.join(NETWORKS)}; got {name!r}.")
+    if image_size not in (32, 64):
+        raise ValueError(f"`image_size` must be 32 or 64; got {image_size}.")
+    network = NETWORKS[name](classes, width, image_size)
+    network.name = name
+    return network
 
 
-def table(width: float) -> str:
-    """Return the table, a line a network."""
-    lines = [
-        "| network | teacher | channels at the sensing points | multiply-adds, M: CIFAR-100 "
-        "| poster | TinyImageNet | parameters, M: CIFAR-100 | poster | TinyImageNet |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def multiply_adds(network: Network) -> int:
+    """Return those of convolutions and linear layers for one image; the network is on "meta"."""
+    images = torch.zeros(1, 3, network.image_size, network.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(images)
+    return int(counter.get_total_flops()) // 2
+
+
+def table(width: float = 1.0) -> str:
+    """Print what each network costs, as Markdown.
+
+    Args:
+        width: Factor on every channel count.
+    """
+    head = ["network", "channels at the sensing points"]
+    for what in ("multiply-adds, M", "parameters, M"):
+        head += [f"{what}: CIFAR-100", "poster", "Tiny ImageNet"]
+    rows = [head, ["---"] * len(head)]
     for name in NETWORKS:
-        operations, parameters = [], []
-        for classes, size in (CIFAR100, TINYIMAGENET):
-            with torch.device("meta"):  # shapes alone, no weights
-                model = build(name, classes, width, size)
-            operations.append(f"{count_multiply_adds(model, size) / 1e6:.1f}")
-            parameters.append(f"{count_parameters(model) / 1e6:.3f}")
-        channels = ", ".join(map(str, model.channels))
-        of_poster = POSTER.get(name, ("–", "–"))
-        cells = [name, TEACHERS.get(name, "–"), channels]
-        for (cifar, tiny), poster in zip((operations, parameters), of_poster, strict=True):
-            cells += [cifar, poster, tiny]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Run the command line; what the user can mend ends in one line."""
-    try:
-        print(table(parse(Config, __doc__).width))
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        with torch.device("meta"):  # shapes alone
+            networks = [build(name, 100, width, 32), build(name, 200, width, 64)]
+        row = [name, ", ".join(map(str, networks[0].channels))]
+        adds = [f"{multiply_adds(network) / 1e6:.1f}" for network in networks]
+        weights = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.3f}" for net in networks]
+        for (cifar, tiny), poster in zip((adds, weights), POSTER.get(name, "––"), strict=True):
+            row += [cifar, poster, tiny]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    print(tyro.cli(table, description=__doc__))

@@ -10,24 +10,21 @@ teacher knows. Accuracy after the last step, per cent. One JSON line a student i
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import common
+import pandas as pd
 import quickstart as digits
 import torch
 import torch.nn.functional as F
-from parts.config import check_at_least, flag, parse
-from parts.environment import environment
+from matplotlib.figure import Figure
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
-CPU = torch.device("cpu")
 HALF = tuple(channels // 2 for channels in digits.CHANNELS)
 
 
@@ -72,15 +69,19 @@ ROWS = {
 class Config:
     """Settings of a run; every field is a command-line flag."""
 
-    out: Path = flag(Path("runs/own_heads.jsonl"), "file of one JSON line a student")
-    split: Literal["test", "dev"] = flag("dev", "images that measure")
-    seeds: int = flag(3, "runs of each row")
-    first_seed: int = flag(100, "seeds count up from here")
-    steps: int = flag(200, "steps of the teacher, and of each student")
-    head_steps: int = flag(150, "steps of the teacher's heads")
+    out: Path = Path("runs/own_heads.jsonl")  # file of one JSON line a student
+    split: Literal["test", "dev"] = "dev"  # images that measure
+    seeds: int = 3  # runs of each row
+    first_seed: int = 100  # seeds count up from here
+    steps: int = 200  # steps of the teacher, and of each student
+    head_steps: int = 150  # steps of the teacher's attention heads
+    threads: int = 1  # CPU threads
+    render: bool = False  # print the table of `--out`, and train nothing
 
     def __post_init__(self) -> None:
-        check_at_least(self, seeds=1, steps=1, head_steps=1)
+        for name in ("seeds", "steps", "head_steps", "threads"):
+            if (got := getattr(self, name)) < 1:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ 1; got {got}.")
 
 
 def train_student(
@@ -131,43 +132,56 @@ def train_student(
 
 
 def run(config: Config) -> None:
-    """Train every row for every seed; append a line for each student, and print the table."""
-    torch.set_num_threads(1)
+    """Train every row for every seed that has no record yet, and print the table."""
+    records = common.read_records(config.out)
+    done = {(record["row"], record["seed"]) for record in records}
     train, measured = digits.load(config.split)
     settings = digits.Config(
         teacher_steps=config.steps, student_steps=config.steps, head_steps=config.head_steps
     )
-    about: dict[str, Any] = {
-        "split": config.split,
-        "steps": config.steps,
-        "head_steps": config.head_steps,
-    }
-    about["environment"] = environment(CPU)
-    records = []
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"split": config.split, "steps": config.steps, "head_steps": config.head_steps}
     for seed in range(config.first_seed, config.first_seed + config.seeds):
+        if config.render or all((name, seed) in done for name in ROWS):
+            continue
         few = digits.take_per_class(train, settings.labels, torch.Generator().manual_seed(seed))
         teachers = teachers_of(train, seed, settings)
         for name, form in tqdm(ROWS.items(), desc=f"seed {seed}"):
+            if (name, seed) in done:
+                continue
             teacher, heads = teachers[form.teacher, form.k]
             student = train_student(form, teacher, heads, few, train, seed, settings)
             accuracy = digits.accuracy(student, measured)
-            records.append(
-                {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form)} | about
-            )
-            with config.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(records[-1]) + "\n")
+            record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form), **about}
+            records.append(record | {"versions": common.versions("cpu")})
+            common.write_records(config.out, records)
+    draw(records, config.out.with_suffix(".png"))
     print(table(records))
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw the mean of each row, with the standard deviation over seeds."""
+    lines = pd.DataFrame(records).groupby("row", sort=False)["accuracy"].agg(["mean", "std"])
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(lines.index, lines["mean"], xerr=lines["std"].fillna(0))
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy after the last step, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    common.save_figure(figure, path)
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return Markdown with a line a row: mean ± standard deviation over seeds."""
-    lines = ["| form | accuracy, % |", "| --- | --- |"]
-    for row in dict.fromkeys(record["row"] for record in records):
-        values = [record["accuracy"] for record in records if record["row"] == row]
-        sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        lines.append(f"| {row} | {statistics.mean(values):.1f}{sd} ({len(values)}) |")
-    return "\n".join(lines)
+    frame = pd.DataFrame(records)
+    shown = frame.groupby("row", sort=False)["accuracy"].agg(spread).rename("accuracy, %")
+    text: str = shown.rename_axis("form").to_frame().to_markdown(disable_numparse=True)
+    return text
+
+
+def spread(values: pd.Series[float]) -> str:
+    """Return mean ± standard deviation, and how many there are."""
+    sd = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{sd} ({len(values)})"
 
 
 def teachers_of(
@@ -187,13 +201,5 @@ def teachers_of(
     return teachers
 
 
-def main() -> None:
-    """Run the command line; wrong settings end in one line."""
-    try:
-        run(parse(Config, __doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"own_heads.py: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    common.command(run, Config, __doc__)

@@ -1,194 +1,172 @@
-r"""The poster's tables: run their cells, and show what came out beside what was published.
+r"""The poster's five tables: train their cells, and show them beside the published numbers.
 
     python examples/reproduce.py --table cifar100 --out runs/cifar100
     python examples/reproduce.py --table cifar100 --out runs/small --width 0.25 --classes 10 \
         --epochs 12 --first-epochs 5 --learning-rate 0.02 --seeds 0 1 2
+    python examples/reproduce.py --render examples/results/tinyimagenet32_vgg.jsonl
 
-A cell is a network trained by a method from a seed. What is done is not done again, what was
-interrupted goes on, and several of these commands may run side by side in one ``--out``: each
-takes cells that no other holds. ``--methods`` takes some of the table's methods, or others; by
-default MHGD is there in each of its forms. After every cell its tables are written anew, of all
-that is done in ``--out`` by this or another command of the same settings: ``TABLE.md``,
-``TABLE.json``, ``TABLE.png`` (bars beside the published numbers) and ``TABLE_epochs.png``, with a
-bound, gate, split, share or number of heads that is not the default in their names. A cell whose
-loss diverges is left out, with those that its teacher would have taught, and told at the end.
+A cell is a network trained by a method from a seed, by the functions of the script that shows its
+data and networks; the ten other methods train in `train_baseline.py`. A cell is one line of
+``OUT/records.jsonl``. A finished cell is not run again, and a killed run loses at most one epoch.
+After each cell ``OUT/records.png`` is drawn anew. A cell whose loss diverges is left out and named
+at the end.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import cifar100_vgg
-import cifar100_wrn
-import tinyimagenet_vgg
-import tinyimagenet_wrn
+import common
 import torch
-from parts.config import check_seeds, flag, parse
-from parts.engine import DivergedError
-from parts.methods import METHODS, MHGD
-from parts.models import build
-from parts.poster import PUBLISHED, Row, Table
-from parts.results import Cell, shares_of_time, write_results
-from parts.script import Method
-from parts.settings import Settings
-from parts.workshop import Workshop
+from baselines import RECIPES
+from common import Data, DivergedError
+from networks import Network, build
+from tables import TABLES, Row, Table, markdown, picture
+from train_baseline import Distillation
+from tyro.conf import Fixed, Suppress
 
-WAIT = 5.0  # seconds until cells that others hold are looked at again
-
-EXPERIMENTS = {
-    "cifar100_vgg": cifar100_vgg.EXPERIMENT,
-    "cifar100_wrn": cifar100_wrn.EXPERIMENT,
-    "tinyimagenet_vgg": tinyimagenet_vgg.EXPERIMENT,
-    "tinyimagenet_wrn": tinyimagenet_wrn.EXPERIMENT,
-    **{
-        name: cifar100_wrn.EXPERIMENT.with_student(name, partial(build, name))
-        for name in ("VGG-modified", "MobileNet", "ResNet-small")
-    },
-    "ResNet8": replace(
-        cifar100_wrn.EXPERIMENT.with_student("ResNet8", partial(build, "ResNet8")),
-        teacher_name="ResNet32",
-        teacher=partial(build, "ResNet32"),
-    ),
-}
+Method = Literal[
+    "student", "soft-logits", "fitnet", "at", "fsp", "dml", "kd-svd", "kd-svdf", "ft", "ab", "rkd",
+    "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits", "mhgd-own-heads",
+]  # fmt: skip
+FORMS = ("mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits")  # trained beside a table's methods
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Settings(cifar100_vgg.Settings):
     """Settings of the cells; each is a flag."""
 
-    table: tuple[Table, ...] = flag(("cifar100",), "tables to run")
-    out: Path = flag(Path("runs/reproduce"), "folder of cells and tables")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "one cell each")
-    rows: tuple[str, ...] | None = flag(None, "train only these rows")
-    methods: tuple[Method, ...] | None = flag(None, "train these instead of the table's")
-    render_only: bool = flag(False, "write the tables of what is there, train nothing")
+    out: Path = Path("runs/reproduce")  # folder of records, networks and picture
+    data_name: str | None = None  # what records call the data, if it is not the table's
+    table: tuple[Table, ...] = ("cifar100",)  # tables to run
+    rows: tuple[str, ...] = ()  # only these rows, by their titles; else all
+    methods: tuple[Method, ...] = ()  # only these methods; else the table's and each form of MHGD
+    seeds: tuple[int, ...] = (0, 1, 2)  # a cell each
+    render: tuple[Path, ...] = ()  # print and draw these files of records, and train nothing
+    # Set for each cell, so no flags here.
+    seed: Fixed[Suppress[int]] = 0
+    method: Fixed[Suppress[tuple[cifar100_vgg.Method, ...]]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seeds("seeds", *self.seeds)
-
-
-def methods_of(table: Table, row: Row, config: Config) -> list[str]:
-    """Return the methods of a row to train: by default the table's, and MHGD in every form."""
-    own = [method for method in row.published if method != "teacher"]
-    if table == "heads":
-        if not set(config.methods or own) <= {"student", "mhgd"}:
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"`--seeds` must be ≥ 0 and < 2**63; got {seed}.")
+        titles = [row.title for table in self.table for row in TABLES[table]]
+        for title in self.rows:
+            if title not in titles:
+                raise ValueError(f"`--rows` must be some of {titles}; got {title!r}.")
+        if "heads" in self.table and not set(self.methods) <= {"student", "mhgd"}:
             raise ValueError(
-                f"`--methods` of the table 'heads' must be some of student, mhgd; got "
-                f"{' '.join(config.methods or own)}."
+                "`--methods` of the table heads must be some of student, mhgd; got "
+                f"{' '.join(self.methods)}."
             )
-        return [m for m in own if config.methods is None or m in config.methods]
-    return list(dict.fromkeys([*own, *MHGD] if config.methods is None else config.methods))
 
 
-def check_rows(tables: tuple[Table, ...], config: Config) -> None:
-    """Refuse a row that none of the tables has."""
-    titles = dict.fromkeys(row.title for table in tables for row in PUBLISHED[table])
-    if unknown := [row for row in config.rows or () if row not in titles]:
-        raise ValueError(
-            f"`--rows` must be some of {', '.join(map(repr, titles))}; got {unknown[0]!r}."
-        )
+def cells(settings: Settings) -> Iterator[tuple[Row, str, Settings]]:
+    """Yield row, method and settings of each cell, those of a seed together."""
+    for seed in dict.fromkeys(settings.seeds):
+        for table in dict.fromkeys(settings.table):
+            for row in TABLES[table]:
+                if settings.rows and row.title not in settings.rows:
+                    continue
+                methods = tuple(method for method in row.published if method != "teacher")
+                if table == "heads":
+                    methods = tuple(m for m in methods if m in (settings.methods or methods))
+                else:
+                    methods = settings.methods or (*methods, *FORMS)
+                of_script = import_module(row.script).Settings.data_name
+                of_cell = replace(
+                    settings,
+                    seed=seed,
+                    num_heads=row.num_heads or settings.num_heads,
+                    data_name=settings.data_name or of_script,
+                )
+                for method in ("teacher", *methods):
+                    yield row, method, of_cell
 
 
-def cells_to_train(table: Table, config: Config) -> Iterator[Cell]:
-    """Return the cells that were asked for, those of a seed together."""
-    rows = [row for row in PUBLISHED[table] if config.rows is None or row.title in config.rows]
-    for seed in dict.fromkeys(config.seeds):
-        for row in rows:
-            for method in ("teacher", *methods_of(table, row, config)):
-                yield Cell(row, method, seed, workshop_of(row, seed, config))
+@lru_cache(maxsize=1)
+def loaded(script: str, settings: Settings) -> Data:
+    """Return the data of a script."""
+    data: Data = import_module(script).load(settings)
+    return data
 
 
-def cells_there(table: Table, config: Config) -> Iterator[Cell]:
-    """Return every cell of a table that ``--out`` may hold, whoever has trained it."""
-    for row in PUBLISHED[table]:
-        folder = workshop_of(row, 0, config).root.parent
-        names = (path.name.removeprefix("seed-") for path in folder.glob("seed-*"))
-        seeds = sorted(int(name) for name in names if name.isdecimal())
-        methods = row.published if table == "heads" else ("teacher", *METHODS)
-        for seed in seeds:
-            for method in methods:
-                yield Cell(row, method, seed, workshop_of(row, seed, config))
+def new_network(name: str, width: float, data: Data, settings: Settings) -> Network:
+    """Return a new network, on its device."""
+    torch.manual_seed(settings.seed)
+    image_size = data.train.images.shape[-1]
+    return common.place(build(name, data.classes, width, image_size), settings)
 
 
-def workshop_of(row: Row, seed: int, config: Config) -> Workshop:
-    """Return where the networks of a row and a seed are trained."""
-    experiment = EXPERIMENTS[row.experiment]
-    data_name = config.data_name or experiment.data_name
-    folder = f"{data_name}/{experiment.teacher_name}/seed-{seed}"
-    settings = config.with_(num_heads=row.num_heads or config.num_heads)
-    return Workshop(experiment, settings, seed, config.out / folder)
+def train_cell(row: Row, method: str, settings: Settings) -> None:
+    """Train a cell, and before it what it needs, where that is not done."""
+    script = import_module(row.script)
+    data = loaded(row.script, replace(settings, seed=0, num_heads=1, data_name=None))
+    teacher = new_network(row.teacher, settings.width, data, settings)
+    if method not in ("student", "dml"):  # DML trains a teacher of its own
+        script.train_alone("teacher", teacher, data, settings)
+    if method == "teacher":
+        return
+    student = new_network(row.student, settings.width * settings.student_width, data, settings)
+    some = data.share(settings.student_share)
+    if method == "student":
+        script.train_alone("student", student, some, settings)
+    elif method in RECIPES:
+        Distillation(method, student, teacher, some, settings, script).train()
+    else:
+        heads = script.train_heads(teacher, some, settings)
+        script.train_student(method, student, teacher, heads, some, settings)
 
 
-def run(config: Config) -> tuple[str, list[str]]:
-    """Train every cell that is not done and write the tables after each.
-
-    Returns:
-        The tables, and what is to be said of cells that diverged.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+def main(settings: Settings) -> None:
+    """Train every cell that is not done, and show the table."""
+    for path in settings.render:
+        show(path)
+    if settings.render:
+        return
     torch.backends.cudnn.benchmark = True
-    tables = tuple(dict.fromkeys(config.table))
-    check_rows(tables, config)
-    of_table = {table: list(cells_to_train(table, config)) for table in tables}
-    waiting = [] if config.render_only else [c for cells in of_table.values() for c in cells]
-    diverged: dict[str, None] = {}  # in order, each once
-    without_teacher: set[Path] = set()
-    while waiting:
-        held = []
-        for cell in waiting:
-            teacher = cell.workshop.folder("teacher")
-            needed = (cell.method, *cell.workshop.needs(cell.method))
-            if teacher in without_teacher and "teacher" in needed:
-                continue
-            was_done = cell.record() is not None
-            try:
-                record = cell.workshop.train(cell.method)
-            except DivergedError as error:
-                diverged[f"{cell.row.title}, {cell.method}, seed {cell.seed}: {error}"] = None
-                if cell.method == "teacher":
-                    without_teacher.add(teacher)
-                continue
-            if record is None:
-                held.append(cell)
-            elif not was_done:
-                for table in (t for t in tables if cell in of_table[t]):
-                    write_table(table, config)
-        if len(held) == len(waiting):
-            time.sleep(WAIT)
-        waiting = held
-    return "\n".join(write_table(table, config) for table in tables), list(diverged)
-
-
-def write_table(table: Table, config: Config) -> str:
-    """Write the results of a table, and return them as Markdown, with the shares of the time."""
-    cells = list(cells_there(table, config))
-    marks = workshop_of(PUBLISHED[table][0], 0, config).marks("mhgd")
-    if table == "heads":
-        marks = [mark for mark in marks if not mark.startswith("num_heads=")]
-    name = ",".join([table, *marks])
-    text = write_results(config.out, name, PUBLISHED[table], cells)
-    return f"{text}\n{shares_of_time(cells)}\n"
-
-
-def main() -> None:
-    """Run the command line; what the user can mend ends in one line."""
-    try:
-        config = parse(Config, __doc__)
-        text, diverged = run(config)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    print(text)
-    print(f"Tables, numbers and pictures: {config.out}")
+    file, diverged = settings.out / "records.jsonl", dict[str, DivergedError]()
+    for row, method, of_cell in cells(settings):
+        name = f"{row.title}, {method}, seed {of_cell.seed}"
+        if f"{row.title}, teacher, seed {of_cell.seed}" in diverged and method != "student":
+            continue
+        try:
+            before = len(common.read_records(file))
+            train_cell(row, method, of_cell)
+            if len(common.read_records(file)) > before:
+                draw(file)
+        except DivergedError as error:
+            diverged[name] = error
+    show(file)
     if diverged:
-        sys.exit("\n".join([f"{Path(sys.argv[0]).name}: cells without a result:", *diverged]))
+        named = "\n".join(f"{name}: {error}" for name, error in diverged.items())
+        sys.exit(f"reproduce.py: cells without a result:\n{named}")
+
+
+def draw(path: Path) -> None:
+    """Draw a file of records beside it."""
+    if common.is_main():
+        picture(common.read_records(path), path.with_suffix(".png"))
+
+
+def show(path: Path) -> None:
+    """Print and draw a file of records."""
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` must be a file of records; there is none.")
+    draw(path)
+    if common.is_main():
+        print(f"{path}: accuracy after the last epoch, mean ± standard deviation (seeds)\n")
+        print(markdown(common.read_records(path)))
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main, Settings, __doc__)

@@ -1,29 +1,27 @@
-"""Write tiny CIFAR-100 files, in both layouts and as an archive."""
-
-from __future__ import annotations
+"""Write scikit-learn's digits, real images, in CIFAR-100's layout, as Python 2 pickled it."""
 
 import io
 import struct
 import tarfile
 
 import numpy as np
+from sklearn.datasets import load_digits
 
-NAMES = ["apple", "bee", "cloud", "dolphin"]
-COUNTS = {"train": 9, "test": 5}
-PYTHON, BINARY = "cifar-100-python", "cifar-100-binary"
-
-
-def pixels(split):
-    rng = np.random.default_rng(COUNTS[split])
-    return rng.integers(256, size=(COUNTS[split], 3072), dtype=np.uint8)
+PYTHON = "cifar-100-python"
 
 
-def labels(split):
-    return [3 * i % len(NAMES) for i in range(COUNTS[split])]
+def digits(split):
+    """Return 32×32 images ``n (c h w)`` and labels: 40 training and 10 test images a class."""
+    images, labels = load_digits(return_X_y=True)
+    places = np.array([(labels[:n] == label).sum() for n, label in enumerate(labels)])
+    chosen = places < 40 if split == "train" else (places >= 40) & (places < 50)
+    grey = (images[chosen].reshape(-1, 1, 8, 8) * 15).astype(np.uint8)
+    large = grey.repeat(3, axis=1).repeat(4, axis=2).repeat(4, axis=3)
+    return large.reshape(len(large), -1), labels[chosen].tolist()
 
 
 def python2_pickle(entries):
-    """Write a dict as Python 2 did: protocol 2, str as bytes, NumPy's old module names."""
+    """Pickle a dict as Python 2 did: protocol 2, str as bytes, NumPy's old module names."""
 
     def text(value):
         return b"T" + struct.pack("<i", len(value)) + value
@@ -32,12 +30,8 @@ def python2_pickle(entries):
         return b"J" + struct.pack("<i", value)
 
     def encode(value):
-        if isinstance(value, str):
-            return text(value.encode())
-        if isinstance(value, int):
-            return integer(value)
         if isinstance(value, list):
-            return b"](" + b"".join(map(encode, value)) + b"e"
+            return b"](" + b"".join(map(integer, value)) + b"e"
         head = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
         dtype = b"cnumpy\ndtype\n" + text(b"u1") + integer(0) + integer(1) + b"\x87R("
         dtype += integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
@@ -49,32 +43,25 @@ def python2_pickle(entries):
     return b"\x80\x02}(" + pairs + b"u."
 
 
-def python_files(dumps=python2_pickle):
-    files = {
-        f"{PYTHON}/{split}": dumps({"data": pixels(split), "fine_labels": labels(split)})
-        for split in COUNTS
-    }
-    return files | {f"{PYTHON}/meta": dumps({"fine_label_names": NAMES})}
+def files(dumps=python2_pickle):
+    """Return the content of each file by its path."""
+    contents = {}
+    for split in ("train", "test"):
+        pixels, labels = digits(split)
+        contents[f"{PYTHON}/{split}"] = dumps({"data": pixels, "fine_labels": labels})
+    return contents
 
 
-def binary_files():
-    files = {f"{BINARY}/fine_label_names.txt": "".join(f"{name}\n" for name in NAMES).encode()}
-    for split in COUNTS:
-        fine = np.array(labels(split), dtype=np.uint8)[:, None]
-        files[f"{BINARY}/{split}.bin"] = np.hstack([fine * 0, fine, pixels(split)]).tobytes()
-    return files
-
-
-def write_folder(root, files):
-    for name, content in files.items():
+def write_folder(root, contents):
+    for name, content in contents.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
 
 
-def write_archive(path, files):
+def write_archive(path, contents):
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
+        for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from parts.models import build
+from networks import build
 from second_device import NAME, SecondDevice
 from sklearn.datasets import load_digits
 from torch import nn

@@ -1,6 +1,5 @@
 """Every block of the README is run, and what its prose points at exists."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cifar_files import binary_files, write_folder
-from parts.bench_tables import tables
+from cifar_files import files, write_folder
 from readme import README, blocks, setup_commands
 from torch import nn
 
@@ -67,7 +65,7 @@ def test_diff_is_a_loop_that_runs_before_and_after(signs):
 
 
 def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
-    write_folder(tmp_path / "data", binary_files())
+    write_folder(tmp_path / "data", files())
     commands = [line for text in of("bash") for line in text.splitlines() if "examples/" in line]
     training = [c for c in commands if re.match(r"python examples/(cifar100|reproduce)", c)]
     assert len(training) >= 2
@@ -77,7 +75,7 @@ def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
         if "reproduce" in command:
             words += ["--methods", "student", "--rows", "VGG", "--seeds", "0"]
         subprocess.run([sys.executable, "-W", "error", *words], cwd=ROOT, check=True)
-        assert list((tmp_path / f"run{n}").rglob("record.json"))
+        assert list((tmp_path / f"run{n}").rglob("records.jsonl"))
 
 
 def test_two_commands_do_the_set_up():
@@ -106,9 +104,3 @@ def test_changelog_names_the_version():
     import graph_kd
 
     assert f"## [{graph_kd.__version__}]" in Path(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("part", ["vectors", "step", "growth"])
-def test_tables_of_costs_are_those_of_the_committed_measurements(part):
-    record = ROOT / "examples" / "results" / "benchmark_cpu" / f"{part}.json"
-    assert tables(json.loads(record.read_text(encoding="utf-8"))) in README.read_text("utf-8")

@@ -1,0 +1,226 @@
+"""The poster's tables: published numbers, and records as Markdown and as a picture beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from baselines import RECIPES
+from common import save_figure
+from matplotlib.figure import Figure
+from networks import NETWORKS
+
+Table = Literal["cifar100", "tinyimagenet", "students", "heads", "sota"]
+TITLES = {"teacher": "Teacher", "student": "Student"}
+TITLES |= {name: recipe.title for name, recipe in RECIPES.items()}
+TITLES |= {
+    "mhgd": "MHGD",
+    "mhgd-tanh": "MHGD, tanh",
+    "mhgd-scaled": "MHGD, scaled",
+    "mhgd-soft-logits": "MHGD + Soft-logits",
+    "mhgd-own-heads": "MHGD, own heads",
+}
+PAIRED = ["data", "classes", "images", "seed", "student", "split", "student_share", "epochs"]
+PAIRED += ["student_width", "width", "learning_rate", "batch_size", "amp"]
+VARIED = ["data", "network", "split", "student_share", "student_width", "epochs", "first_epochs"]
+VARIED += ["num_heads", "gate", "bound", "width", "learning_rate", "amp", "batch_size", "classes"]
+
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair of networks, or a number of attention heads, of a table.
+
+    Args:
+        title: What the table calls it.
+        script: The script that shows its data and networks.
+        teacher, student: Names of the networks.
+        published: Accuracy of each method as printed, per cent.
+        num_heads: Attention heads, if the table varies them.
+    """
+
+    title: str
+    script: str
+    teacher: str
+    student: str
+    published: Mapping[str, float]
+    num_heads: int | None = None
+
+
+COMPARED = ("teacher", "student", "soft-logits", "fsp", "ab", "kd-svd", "kd-svdf", "mhgd")
+STUDENTS = ("student", "soft-logits", "fsp", "ab", "kd-svd", "mhgd")
+SOTA = ["student", "teacher", "soft-logits", "fitnet", "at", "fsp", "dml", "kd-svd", "ft", "ab"]
+SOTA += ["rkd", "mhgd"]
+VGG, WRN = ("VGG16", "VGG7"), ("WRN-22-4", "WRN-10-4")
+
+
+def row(
+    title: str, script: str, pair: tuple[str, str], methods: Sequence[str], *accuracies: float
+) -> Row:
+    """Return a row from its accuracies in the order of the methods."""
+    return Row(title, script, *pair, dict(zip(methods, accuracies, strict=True)))
+
+
+TABLES: dict[Table, list[Row]] = {
+    "cifar100": [
+        row("VGG", "cifar100_vgg", VGG, COMPARED,
+            67.99, 59.97, 60.95, 61.87, 64.56, 64.25, 64.38, 67.02),
+        row("WRN", "cifar100_wrn", WRN, COMPARED,
+            77.22, 71.62, 71.88, 71.57, 72.23, 71.83, 71.82, 72.79),
+    ],
+    "tinyimagenet": [
+        row("VGG", "tinyimagenet_vgg", VGG, COMPARED,
+            56.30, 52.40, 53.78, 54.85, 54.99, 55.33, 55.35, 56.35),
+        row("WRN", "tinyimagenet_wrn", WRN, COMPARED,
+            61.31, 55.91, 56.00, 56.04, 56.53, 55.72, 55.95, 56.90),
+    ],
+    "students": [
+        row("VGG (modified)", "cifar100_wrn", ("WRN-22-4", "VGG-modified"), STUDENTS,
+            69.76, 70.51, 69.44, 71.24, 70.31, 71.52),
+        row("MobileNet", "cifar100_wrn", ("WRN-22-4", "MobileNet"), STUDENTS,
+            66.18, 67.35, 60.35, 67.84, 67.03, 68.32),
+        row("ResNet", "cifar100_wrn", ("WRN-22-4", "ResNet-small"), STUDENTS,
+            71.57, 71.81, 70.40, 71.55, 71.55, 72.74),
+    ],
+    "heads": [row("0 heads", "cifar100_vgg", VGG, ("student",), 59.97)] + [
+        Row(f"{heads} heads", "cifar100_vgg", *VGG, {"mhgd": accuracy}, heads)
+        for heads, accuracy in ((1, 65.71), (2, 66.41), (4, 67.01), (8, 67.02), (16, 66.70))
+    ],
+    "sota": [
+        row("ResNet32 → ResNet8", "cifar100_wrn", ("ResNet32", "ResNet8"), SOTA,
+            71.76, 78.96, 71.79, 72.74, 72.31, 72.65, 73.27, 73.68, 73.35, 73.08, 73.40, 73.98),
+    ],
+}  # fmt: skip
+
+
+def published(settings: Mapping[str, Any]) -> float | None:
+    """Return the published accuracy of a record's method and networks, on the full data set."""
+    method = settings["method"]
+    tiny = settings["data"] == "Tiny ImageNet"
+    network = "teacher" if method == "teacher" else "student"
+    for table, rows in TABLES.items():
+        for row in rows:
+            same = getattr(row, network) == settings.get(network)
+            heads = (row.num_heads or 8) == settings.get("num_heads", 8)
+            if (table == "tinyimagenet") == tiny and same and heads and method in row.published:
+                return row.published[method]
+    return None
+
+
+def frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a line a measured network: settings as text, accuracy, gain over the student alone.
+
+    The gain pairs a student with the student alone of the same seed: both have the same first
+    weights, batches and test images.
+    """
+    measured = [record for record in records if "accuracy" in record]
+    alone = {
+        pair_of(record["settings"]): record["accuracy"]
+        for record in measured
+        if record["settings"]["method"] == "student"
+    }
+    lines = []
+    for record in sorted(measured, key=lambda record: place_of(record["settings"])):
+        settings, accuracy = record["settings"], record["accuracy"]
+        gained = settings["method"] not in ("teacher", "student")
+        base = alone.get(pair_of(settings)) if gained else None
+        *_, epochs = record["phases"].values()
+        lines.append(
+            {name: str(value_of(settings, name)) for name in VARIED}
+            | {"method": settings["method"], "seed": settings["seed"], "accuracy": accuracy}
+            | {"gain": None if base is None else accuracy - base}
+            | {"published": published(settings)}
+            | {"curve": [epoch["test_accuracy"] for epoch in epochs]}
+        )
+    return pd.DataFrame(lines)
+
+
+def pair_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a student has in common with the student alone that it is compared with."""
+    return tuple(value_of(settings, name) for name in PAIRED)
+
+
+def place_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return where a record stands in a table: by settings, those without one first; by method."""
+    values = {name: value_of(settings, name) for name in VARIED}
+    if values["network"] != MISSING:
+        values["network"] = list(NETWORKS).index(values["network"])  # a teacher before its students
+    first = [(value != MISSING, 0 if value == MISSING else value) for value in values.values()]
+    return (*first, list(TITLES).index(settings["method"]), settings["seed"])
+
+
+def value_of(settings: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of a record; "network" is the trained one.
+
+    The first records have no width of the student.
+    """
+    if name == "network":
+        name = "teacher" if settings["method"] == "teacher" else "student"
+    given = settings["method"] != "teacher" and name == "student_width"
+    return settings.get(name, 1.0 if given else MISSING)
+
+
+def groups(
+    records: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, dict[str, str], pd.DataFrame]]:
+    """Yield method, the settings that vary in the table, and the lines of all seeds."""
+    lines = frame(records)
+    students = lines[lines["method"] != "teacher"]
+    found = {name: set(students[name]) - {MISSING} for name in VARIED}
+    varied = [name for name, values in found.items() if len(values) > 1]
+    for (method, *settings), group in lines.groupby(["method", *varied], sort=False):
+        yield method, dict(zip(varied, settings, strict=True)), group
+
+
+def spread(values: pd.Series[float], sign: str = "") -> str:
+    """Return mean ± standard deviation of a sample, and how many there are."""
+    values = values.dropna()
+    if values.empty:
+        return "–"
+    sd = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.2f}{sd} ({len(values)})"
+
+
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table with a line for each method and each setting that varies."""
+    rows = []
+    for method, settings, group in groups(records):
+        of_poster = group["published"].iloc[0]
+        rows.append(
+            {"method": TITLES[method], **settings}
+            | {"accuracy, %": spread(group["accuracy"])}
+            | {"over the student": spread(group["gain"], "+")}
+            | {"published": "–" if pd.isna(of_poster) else f"{of_poster:.2f}"}
+        )
+    text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the table: means with standard deviations, and means over epochs."""
+    shown = list(groups(records))
+    figure = Figure(figsize=(12.0, 1.5 + 0.28 * len(shown)), layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    names = []
+    for place, (method, settings, group) in enumerate(shown):
+        given = [f"{name} {value}" for name, value in settings.items() if value != MISSING]
+        names.append(", ".join([TITLES[method], *given]))
+        colour = "0.6" if method in ("teacher", "student") else f"C{place % 10}"
+        mean, sd = group["accuracy"].mean(), group["accuracy"].std()
+        bars.barh(place, mean, xerr=None if pd.isna(sd) else sd, color=colour)
+        means = pd.DataFrame(group["curve"].to_list()).mean()
+        style = "--" if method in ("teacher", "student") else "-"
+        curves.plot(range(1, len(means) + 1), means, style, color=colour, label=names[-1])
+    bars.set_yticks(range(len(names)), names, fontsize="small")
+    bars.invert_yaxis()
+    bars.set(xlabel="accuracy after the last epoch, %")
+    curves.set(xlabel="epoch", ylabel="accuracy, %")
+    curves.grid(alpha=0.3)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
