@@ -1,4 +1,4 @@
-r"""The poster's five tables: train their cells, and show them beside the published numbers.
+r"""The poster's five tables: train their cells, and draw tables and pictures of them.
 
     python examples/reproduce.py --table cifar100 --out runs/cifar100
     python examples/reproduce.py --table cifar100 --out runs/small --width 0.25 --classes 10 \
