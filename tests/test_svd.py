@@ -181,6 +181,34 @@ def test_gradient_of_the_smallest_vector_at_full_rank(shape):
     assert gradcheck(4, as_map(matrix, h, w))
 
 
+def test_gradient_of_a_null_vector_that_the_others_leave_no_choice():
+    features = as_map(matrix_of([3.0, 2.0], 6, 3)[0], 3, 2).requires_grad_()
+
+    def plane(x):
+        null = SVDFeature(3)(x)[:, 2:]
+        return null.mT @ null  # does not depend on the sign
+
+    assert torch.autograd.gradcheck(plane, (features,))
+
+
+def test_no_gradient_of_a_null_vector_that_is_one_of_many():
+    features = as_map(matrix_of([3.0, 2.0], 4, 7)[0], 2, 2).requires_grad_()
+    vectors = SVDFeature(3)(features)
+    (gradient,) = torch.autograd.grad(vectors[:, 2].sum(), features)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(("roundings", "resolved"), [(4, True), (0.125, False)])
+def test_what_rounding_the_input_could_exchange_has_no_gradient(roundings, resolved):
+    n, c = 64, 16
+    gap = roundings * torch.finfo(torch.float32).eps * (n**0.5 + c**0.5) / (n * c) ** 0.5
+    matrix, right = matrix_of([1.0, 1.0 - gap, 0.3, 0.2], n, c)
+    features = as_map(matrix, 8, 8).float().requires_grad_()
+    vectors = SVDFeature(1)(features)
+    (vectors @ right[:, :2].sum(dim=1)[..., None].float()).sum().backward()
+    assert bool(features.grad.norm() * gap > 0.1) is resolved
+
+
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
@@ -260,6 +288,25 @@ def test_one_position_is_the_normalised_vector():
     torch.testing.assert_close(SVDFeature()(features)[:, 0], wanted)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1.0])
+def test_gradient_at_one_position_is_that_of_the_normalisation(scale):
+    generator = torch.Generator().manual_seed(0)
+    features = (scale * torch.randn(4, 7, generator=generator)).requires_grad_()
+    target = torch.randn(4, 7, generator=generator)
+    normalised = torch.nn.functional.normalize(features, dim=1, eps=0)
+    (wanted,) = torch.autograd.grad((normalised * target).sum(), features)
+    (gradient,) = torch.autograd.grad((SVDFeature()(features)[:, 0] * target).sum(), features)
+    torch.testing.assert_close(gradient * scale, wanted * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(64, 24), (12, 40), (12, 8)])
+def test_vectors_of_an_exactly_centred_map_have_unit_length(shape, dtype):
+    half = torch.randint(-8, 9, (3, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    vectors = SVDFeature(4)(torch.cat([half, -half], dim=1))
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3, 4, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast):
@@ -336,6 +383,19 @@ def test_alignment_keeps_unit_rows_at_a_cosine_of_zero_and_at_ties():
     torch.testing.assert_close(tied, axes[:, :1])
 
 
+def test_alignment_does_not_choose_by_what_rounding_left():
+    axes = torch.eye(4, dtype=torch.float64)[None]
+    teacher = torch.tensor([[[-1e-13, 2e-13, 0.0, 1.0]]], dtype=torch.float64)
+    torch.testing.assert_close(align_singular_vectors(axes[:, :2], teacher), axes[:, :1])
+
+
+@pytest.mark.parametrize(("null", "chosen"), [([True, False], 1), ([True, True], 0)])
+def test_alignment_chooses_a_null_vector_only_where_there_is_no_other(null, chosen):
+    axes = torch.eye(4)[None]
+    aligned = align_singular_vectors(axes[:, :2], axes[:, 3:], null=torch.tensor([null]))
+    torch.testing.assert_close(aligned, axes[:, chosen : chosen + 1])
+
+
 def test_alignment_gives_gradient_to_the_chosen_student_vector_alone():
     student = torch.eye(4)[None, :2].clone().requires_grad_()
     teacher = torch.tensor([[[0.1, -0.9, 0.0, 0.0]]], requires_grad=True)
@@ -410,4 +470,6 @@ def test_the_choice_of_a_vector_is_made_in_the_higher_precision_of_the_two():
         wanted = align_singular_vectors(student.double(), teacher)
         assert torch.equal(align_singular_vectors(student, teacher).double(), wanted)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(align_singular_vectors(student.float(), teacher), wanted.float())
+            # Autocast leaves float64 alone: both have to be float32.
+            aligned = align_singular_vectors(student.float(), teacher.float())
+        assert torch.equal(aligned.double(), wanted)

@@ -112,6 +112,8 @@ def test_close_values_leave_vectors_within_their_common_subspace(point):
     values = [3.0, 2.0, 2.0 * (1 - 1e-6), 2.0 * (1 - 2e-6), *[0.5] * (size - 4)][:size]
     matrix, right = matrix_of(values, h * w, c)
     features = as_map(matrix, h, w).float().requires_grad_()
+    # The second vector is not known, although nothing is wrong with the two that follow it.
+    assert top_of(rearrange(features.detach(), "b c h w -> b (h w) c"), 2).doubtful.all()
     vectors = SVDFeature(2)(features)
     inside = (vectors.double() @ right[:, :4].mT).square().sum(dim=-1)
     assert (1 - inside).abs().max() <= 1e-6
@@ -123,6 +125,16 @@ def test_a_common_map_takes_the_fast_way_and_a_steep_one_the_exact():
     assert not top_of(rearrange(relu_noise((16, 16, 64)), "b c h w -> b (h w) c"), 4).doubtful.any()
     steep, _ = matrix_of([1.0, 1e-2, 1e-4, 1e-6], 64, 32)
     assert top_of(steep.float(), 4).doubtful.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("shape", [(64, 32), (6, 40)])
+def test_vectors_of_value_zero_are_called_null(shape, capturable, dtype):
+    matrix = torch.cat([matrix_of([3.0, 2.0], *shape)[0], torch.zeros(1, *shape)]).to(dtype)
+    if not capturable or dtype == torch.float32:
+        null = top_of(matrix, 3, capturable=capturable).null
+        assert null[0].tolist() == [False, False, True]
 
 
 def test_values_lost_in_a_gram_matrix_are_found_in_the_map():
@@ -391,3 +403,18 @@ def test_a_compiled_graph_expects_the_layout_that_the_gradient_has(change):
         fakes = [mode.from_tensor(t) for t in (features, *saved)]
         fake = _svd.GRADIENT[False](*fakes, False)
     assert fake.stride() == real.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 30, 20), (3, 20, 30)])
+def test_a_compiled_graph_expects_the_shapes_that_there_are(shape, dtype):
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    real = _svd.FIND[False]([maps], [2], ["map"], False)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = _svd.FIND[False]([mode.from_tensor(maps)], [2], ["map"], False)
+    for fake, tensor in zip(fakes, real, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (
+            tensor.shape,
+            tensor.dtype,
+            tensor.stride(),
+        )

@@ -89,6 +89,6 @@ def closest(
     cosine = torch.where(cosine.abs() > torch.finfo(cosine.dtype).eps ** 0.75, cosine, 0)
     closeness = cosine.abs().masked_fill(rearrange(torch.cat(barred), "b i -> b 1 i"), -1)
     choice = closeness.argmax(dim=-1, keepdim=True)
-    sign = torch.where(cosine.gather(-1, choice) < 0, -1, 1).to(students[0].dtype)
+    sign = torch.where(cosine.gather(-1, choice) < 0, -1, 1)
     b = len(students[0])
     return list(zip(torch.split(choice[..., 0], b), torch.split(sign, b), strict=True))

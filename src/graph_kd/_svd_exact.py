@@ -26,7 +26,7 @@ def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     own = torch.promote_types(rows.dtype, torch.float32)  # half ends where maps may lie
     values = torch.where(values[:, :1] < torch.finfo(own).tiny ** 0.5, 0, values)
     along = basis @ rearrange(matrix.mean(dim=1), "b c -> b c 1")
-    basis = torch.where(along < 0, -basis, basis)
+    basis = torch.where(along < 0, -basis, basis).contiguous()  # as compiled graphs expect
     squares = (values / _scale(values)) ** 2
     null = squares[:, :k] <= _noise(squares[:, :k], rows)
     return basis[:, :k].clone(), null, values, basis
@@ -48,11 +48,11 @@ def exact_gradient(
     noise = _noise(value_i, rows)
     apart = gap.abs() > noise  # not for i itself, and not for what rounding could exchange with it
     along = grad.double() @ basis.mT
-    response = (along * torch.where(apart, 1 / torch.where(apart, gap, 1), 0)) @ basis
+    response = torch.where(apart, along / gap, 0) @ basis
     if n < c:  # the others of value zero; a null vector is one of them, and has no derivative
         outside = grad.double() - along @ basis
         positive = value_i > noise
-        response = torch.where(positive, response + outside / torch.where(positive, value_i, 1), 0)
+        response = torch.where(positive, response + outside / value_i, 0)
     grad_rows = (matrix @ response.mT) @ chosen + (matrix @ chosen.mT) @ response
     return (grad_rows / scale).to(rows.dtype)
 
