@@ -199,7 +199,7 @@ def test_autocast_has_no_effect():
 
 
 def test_rejects_a_switch_that_is_no_bool():
-    with pytest.raises(TypeError, match=r"`drop_heads` must be a bool; got 'no'"):
+    with pytest.raises(TypeError, match=r"`drop_heads` must be True or False; got 'no'"):
         MultiHeadGraphEstimator(FRONT, BACK, drop_heads="no")
 
 

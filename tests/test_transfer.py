@@ -163,7 +163,7 @@ def test_blocks_of_rows_give_the_loss_and_gradient_of_the_whole(squash, block_ro
 
 
 def test_memory_of_a_large_batch_grows_linearly(monkeypatch):
-    monkeypatch.setattr("graph_kd._transfer.BLOCK_ENTRIES", 64 * 64)
+    monkeypatch.setattr("graph_kd._graphs.BLOCK_ENTRIES", 64 * 64)
     entries = {}
     for batch in (128, 256):
         loss, largest = make(), []

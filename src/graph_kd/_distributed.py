@@ -22,6 +22,7 @@ __all__ = [
     "check_equal_leaves",
     "check_process_group",
     "gather_rows",
+    "rank_and_size",
 ]
 
 
@@ -33,6 +34,11 @@ def check_process_group(group: Any) -> dist.ProcessGroup | None:
         f"`process_group` must be a torch.distributed process group or None; got {group!r}. "
         "`torch.distributed.group.WORLD` is one after `init_process_group`."
     )
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return the rank of this process and the size of ``group``; without a group, 0 and 1."""
+    return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def check_equal_batches(batch: int, device: torch.device, group: dist.ProcessGroup | None) -> None:

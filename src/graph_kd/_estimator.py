@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from graph_kd._checks import check_bool
 from graph_kd._heads import AttentionHeads, apply_branch, full_precision, linear
 
 __all__ = ["MultiHeadGraphEstimator"]
@@ -19,9 +20,9 @@ __all__ = ["MultiHeadGraphEstimator"]
 class MultiHeadGraphEstimator(AttentionHeads):
     """Estimate the back-end vectors of a batch from its front-end vectors, through graphs.
 
-    Each head compares every back-end sample with every front-end sample; the row-wise softmax of
-    these logits is a batch × batch graph of how the data move between the two layers. Trained on
-    the teacher, the graphs become what the student is asked to reproduce.
+    Each head compares every back-end sample with every front-end sample. The row-wise softmax of
+    these logits is a batch × batch graph. The transfer loss compares the graphs of the student with
+    those of the teacher, on which the heads were trained.
 
     Equation: Lee & Song 2019, L_MHAN; S_a = θ_a(V_B) φ_a(V_F)ᵀ, G_a = softmax_j(S_a),
     V̄_B = f2([G_a f1(V_F)]_a) with unit rows, loss = mean_n (1 - V_B,n · V̄_B,n).
@@ -30,9 +31,9 @@ class MultiHeadGraphEstimator(AttentionHeads):
     alone. Their random dropping of heads during training is kept; a single head is never dropped.
     Weights start from a normal distribution of variance 2 / fan_out, theirs from the truncated one.
 
-    Gradient reaches every parameter and both inputs; autocast has no effect. Training mode uses
-    (and moves) the statistics of the batch, so it needs at least two samples; evaluation mode uses
-    the running ones.
+    Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in
+    half precision are used in float32. Training mode uses (and moves) the statistics of the batch;
+    evaluation mode uses the running ones.
 
     Args:
         front_channels: Length of a front-end vector. Count.
@@ -43,7 +44,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
             normal draw lies above the mean of the draws of all heads for that row (about half).
 
     Shape:
-        - front: ``j c_front``, floating, the parameters' dtype
+        - front: ``j c_front``, floating, the parameters' dtype, or float32 for half precision
         - back: ``i c_back``, likewise
         - returns: ``i c_back``, unit rows
 
@@ -70,9 +71,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
         drop_heads: bool = True,
     ) -> None:
         super().__init__(front_channels, back_channels, num_heads, head_channels=head_channels)
-        if not isinstance(drop_heads, bool):
-            raise TypeError(f"`drop_heads` must be a bool; got {drop_heads!r}.")
-        self.drop_heads = drop_heads
+        self.drop_heads = check_bool("drop_heads", drop_heads)
         width = self.head_channels
         self.f1 = nn.Sequential(linear(front_channels, width), nn.BatchNorm1d(width), nn.ReLU())
         self.f2 = linear(self.num_heads * width, back_channels, bias=True)

@@ -22,28 +22,10 @@ __all__ = ["AttentionHeads", "apply_branch", "full_precision", "linear"]
 class AttentionHeads(nn.Module):
     """Compare every back-end sample with every front-end sample, head by head.
 
-    The row-wise softmax of the logits is a batch × batch graph. `MultiHeadGraphEstimator` adds what
-    trains the heads on a teacher. A student's own heads are this class alone: the transfer loss
-    trains them.
+    `MultiHeadGraphEstimator` adds what trains the heads on a teacher, and says what both classes
+    share. A student's own heads are this class alone: the transfer loss trains them.
 
     Equation: Lee & Song 2019, S_a = θ_a(V_B) φ_a(V_F)ᵀ, G_a = softmax_j(S_a).
-
-    Differs from the source: weights start from a normal distribution of variance 2 / fan_out,
-    theirs from the truncated one.
-
-    Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in
-    half precision are used in float32. Training mode uses (and moves) the statistics of the batch,
-    so it needs at least two samples; evaluation mode uses the running ones.
-
-    Args:
-        front_channels: Length of a front-end vector. Count.
-        back_channels: Length of a back-end vector. Count.
-        num_heads: Attention heads. Count.
-        head_channels: Width of a head; by default (front_channels + back_channels) // 2. Count.
-
-    Shape:
-        - front: ``j c_front``, floating, the parameters' dtype, or float32 for half precision
-        - back: ``i c_back``, likewise
     """
 
     def __init__(
@@ -72,7 +54,7 @@ class AttentionHeads(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._weight.device
 
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
@@ -95,11 +77,9 @@ class AttentionHeads(nn.Module):
         return self._by_head(theta), self._by_head(phi)
 
     def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in inference mode.
+        """Return θ(back) and φ(front) in inference mode, whatever `train` says.
 
-        Their products are the logits of the graphs that are transferred. Running statistics are
-        used and stay as they are, whatever `train` says; gradient flows to the two inputs, and none
-        to the parameters.
+        Running statistics stay as they are. Gradient flows to the two inputs alone.
         """
         front, back = self._check_rows(front, back, training=False)
         with full_precision(front):

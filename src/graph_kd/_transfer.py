@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from graph_kd._align import closest
 from graph_kd._checks import check_bool, check_choice, check_count
@@ -24,19 +23,19 @@ from graph_kd._distributed import (
     check_equal_batches,
     check_process_group,
     gather_rows,
+    rank_and_size,
 )
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
 from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
+from graph_kd._graphs import Embeddings, Squash, divergence, log_graph
 from graph_kd._heads import AttentionHeads
 from graph_kd._svd import TopVectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
 
-BLOCK_ENTRIES = 1024 * 1024  # of a graph, a head
-
-P = TypeVar("P")
-Squash = Literal["scaled", "tanh"] | Callable[[Tensor], Tensor] | None
+T = TypeVar("T")
+Pair = tuple[Tensor, Tensor]  # what describes the samples at the front and at the back of a pair
 
 
 class GraphTransferLoss(HoldsProcessGroup, nn.Module):
@@ -49,9 +48,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     By default student and teacher share the heads, as in the paper, and need equal channels at each
     point. With ``student_channels`` the student has attention heads of its own, `student_heads`:
     any two networks can be paired. Put ``loss.student_heads.parameters()`` into the student's
-    optimizer; the transfer loss trains them together with the student. On handwritten digits their
-    learning rate (0.1 to 3 times the student's) and their start (fresh, or the teacher's weights)
-    made no difference; ``squash="scaled"`` was better than plain logits, and k above 1 did harm.
+    optimizer: the transfer loss trains them together with the student.
 
     Equation: Lee & Song 2019, L_transfer = Σ_pairs Σ_m,i,j G^S (log G^S - log G^T), natural
     logarithm, G = softmax_j(squash(S)).
@@ -99,8 +96,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             for the device. A sample whose vectors want float64 (two filters do not suffice, or two
             of its singular values are closer than 0.05 %) keeps those of float32, its gradient
             bounded; the attribute `doubtful` counts such samples, on the device. Maps with NaN are
-            not refused, and float64 maps are. Small matrices are decomposed by some 1,400 kernels
-            more. The first call makes constants: warm up before a capture.
+            not refused, and float64 maps are. Small matrices take some 1,400 kernels more. The
+            first call makes constants: warm up before a capture.
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
@@ -178,13 +175,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         )
         self.student_heads = nn.ModuleList()
         if student_channels is not None:
+            widths = [estimator.head_channels for estimator in self._estimators]
             self.student_heads.extend(
-                AttentionHeads(
-                    k * front, k * back, num_heads, head_channels=estimator.head_channels
-                )
-                for estimator, (front, back) in zip(
-                    self._estimators, _neighbours(student.channels), strict=True
-                )
+                AttentionHeads(k * front, k * back, num_heads, head_channels=width)
+                for width, (front, back) in zip(widths, _neighbours(student.channels), strict=True)
             )
         self._point_names: tuple[Any, ...] | None = None
         self._warned_of_training = False
@@ -201,9 +195,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self._point_names = names  # of features that fit
         check_estimator_fresh(maps)
         self._warn_of_training(maps)
-        check_equal_batches(len(teacher[0]), teacher[0].device, self.process_group)
-        found = self._vectors("teacher_features", teacher, self.k)
-        rows = [gather_rows(self._row(f.all, f.null), self.process_group) for f in found]
+        rows = [gather_rows(row, self.process_group) for row in self._top_rows(teacher)]
         losses = []
         for estimator, (front, back) in zip(self._estimators, _neighbours(rows), strict=True):
             kept_heads = estimator.draw_kept_heads(back)
@@ -222,24 +214,20 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         student_maps = in_order("student_features", student_features, names)
         teacher_maps = in_order("teacher_features", teacher_features, names)
         student = self._read("student_features", student_maps, self.student_layout)
-        teacher = self._read(
-            "teacher_features", teacher_maps, self.teacher_layout, batch=len(student[0])
-        )
+        batch = len(student_maps[0])
+        teacher = self._read("teacher_features", teacher_maps, self.teacher_layout, batch=batch)
         self._point_names = names  # of features that fit
         check_fresh(student_maps, teacher_maps)
         self._warn_of_training(teacher_maps)
-        check_equal_batches(len(student[0]), student[0].device, self.process_group)
-        student_rows, teacher_rows = self._rows(student, teacher)
-        pairs = [
-            self._pair_loss(p, *pair)
-            for p, pair in enumerate(
-                zip(_neighbours(student_rows), _neighbours(teacher_rows), strict=True)
-            )
+        pairs = zip(*map(_neighbours, self._rows(student, teacher)), strict=True)
+        losses = [
+            divergence(*self._both_embeddings(p, *pair), self.squash, self.block_rows)
+            for p, pair in enumerate(pairs)
         ]
         # Over processes the mean is taken later: it must give the sum over all rows.
-        processes = 1 if self.process_group is None else self.process_group.size()
-        samples = len(student[0]) if self.reduction == "batchmean" else 1 / processes
-        return torch.stack(pairs).sum() / samples
+        _, processes = rank_and_size(self.process_group)
+        samples = batch if self.reduction == "batchmean" else 1 / processes
+        return torch.stack(losses).sum() / samples
 
     @torch.no_grad()
     def graphs(
@@ -265,18 +253,17 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         own = bool(self.student_heads) and self._is_student(maps, align_to, of)
         layout = self.student_layout if own or align_to is not None else self.teacher_layout
         student = self._read("features", maps, layout)
-        check_equal_batches(len(student[0]), student[0].device, self.process_group)
         if align_to is None or own:
-            found = self._vectors("features", student, self.k)
-            rows = [self._row(f.all, f.null) for f in found]
+            rows = self._top_rows(student)
         else:
             targets = in_order("align_to", align_to, names)
-            teacher = self._read("align_to", targets, self.teacher_layout, batch=len(student[0]))
-            rows, _ = self._rows(student, teacher, names=("features", "align_to"))
-        return [
-            self._log_graph(*self._embeddings(p, *pair, own=own, move_statistics=False)).exp()
+            teacher = self._read("align_to", targets, self.teacher_layout, batch=len(maps[0]))
+            rows, _ = self._rows(student, teacher)
+        embeddings = (
+            self._embeddings(p, *pair, own=own, move_statistics=False)
             for p, pair in enumerate(_neighbours(rows))
-        ]
+        )
+        return [log_graph(theta, phi, self.squash).exp() for theta, phi in embeddings]
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
@@ -306,15 +293,12 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         return fits(self.student_layout) and not fits(self.teacher_layout)
 
     def _rows(
-        self,
-        student: list[Tensor],
-        teacher: list[Tensor],
-        *,
-        names: tuple[str, str] = ("student_features", "teacher_features"),
+        self, student: dict[str, Tensor], teacher: dict[str, Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what describes each sample at each point, ``b (k c)``, of student and teacher."""
-        count = self.k if self.student_heads else self.student_k
-        found = self._vectors(names[1], teacher, self.k, other=(names[0], student, count))
+        most = self.k if self.student_heads else self.student_k
+        counts = [max(self.k, min(most, *rows.shape[1:])) for rows in student.values()]
+        found = self._compress(teacher | student, [self.k] * len(teacher) + counts)
         theirs, ours = found[: len(teacher)], found[len(teacher) :]
         teacher_rows = [self._row(t.all, t.null) for t in theirs]
         if self.student_heads:
@@ -327,24 +311,14 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             student_rows.append(self._row(sign * s.vectors(choice), undefined))
         return student_rows, teacher_rows
 
-    def _vectors(
-        self,
-        name: str,
-        maps: list[Tensor],
-        count: int,
-        *,
-        other: tuple[str, list[Tensor], int] | None = None,
-    ) -> list[TopVectors]:
-        """Return the top singular vectors of each map, ``count`` or all there are, at least k.
+    def _top_rows(self, maps: dict[str, Tensor]) -> list[Tensor]:
+        """Return the rows of one network by its top k vectors, without gradient."""
+        return [self._row(f.all, f.null) for f in self._compress(maps, [self.k] * len(maps))]
 
-        Those of the ``other`` network are found with them.
-        """
-        parts = [(name, maps, count), *([other] if other else [])]
+    def _compress(self, maps: dict[str, Tensor], counts: list[int]) -> list[TopVectors]:
+        """Return the top singular vectors of each map; those of all maps are found together."""
         found = top_singular_vectors(
-            [rows for _, maps, _ in parts for rows in maps],
-            [max(self.k, min(n, *rows.shape[1:])) for _, maps, n in parts for rows in maps],
-            [f"{name}[{p}]" for name, maps, _ in parts for p in range(len(maps))],
-            capturable=self.capturable,
+            list(maps.values()), counts, list(maps), capturable=self.capturable
         )
         if self.capturable:
             self.doubtful.add_(torch.cat([f.doubtful for f in found]).sum())
@@ -358,7 +332,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     def _embeddings(
         self, p: int, front: Tensor, back: Tensor, *, own: bool, move_statistics: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Embeddings:
         """Return θ of this process's samples and φ of the group's, of pair ``p``."""
         front = gather_rows(front, self.process_group)
         if not own:
@@ -367,66 +341,21 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         back = gather_rows(back, self.process_group)
         heads = cast(AttentionHeads, self.student_heads[p])
         theta, phi = heads.embeddings(front, back, move_statistics=move_statistics)
-        if self.process_group is None:
-            return theta, phi
-        return theta.chunk(self.process_group.size(), dim=1)[self.process_group.rank()], phi
+        rank, processes = rank_and_size(self.process_group)
+        return theta.chunk(processes, dim=1)[rank], phi
 
-    def _log_graph(self, theta: Tensor, phi: Tensor) -> Tensor:
-        """Return log G of the rows that ``theta`` has."""
-        with torch.autocast(theta.device.type, enabled=False):
-            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-            log_graph = self._squashed(logits, theta.shape[-1]).log_softmax(dim=-1)
-        if not callable(self.squash):
-            return log_graph
-        # A callable may mask edges by -∞, and 0 · (∞ - ∞) must not make the divergence NaN.
-        return log_graph.clamp_min(torch.finfo(log_graph.dtype).min)
-
-    def _pair_loss(
-        self, p: int, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Return Σ_m,i,j G^S (log G^S - log G^T) of pair ``p`` (front, back), by blocks of rows."""
-
-        def divergence(theta: Tensor, theta_of_teacher: Tensor) -> Tensor:
-            with torch.no_grad():
-                teacher_log = self._log_graph(theta_of_teacher, teacher_phi)
-            student_log = self._log_graph(theta, phi)
-            return (student_log.exp() * (student_log - teacher_log)).sum()
-
+    def _both_embeddings(
+        self, p: int, student: Pair, teacher: Pair
+    ) -> tuple[Embeddings, Embeddings]:
+        """Return θ and φ of the student and of the teacher, of pair ``p``."""
         if self.student_heads:
-            theta, phi = self._embeddings(p, *student, own=True)
-            with torch.no_grad():
-                teacher_theta, teacher_phi = self._embeddings(p, *teacher, own=False)
-        else:  # both in one pass through the teacher's heads
-            front = torch.cat([gather_rows(x[0], self.process_group) for x in (student, teacher)])
-            back = torch.cat([student[1], teacher[1]])
-            both = self._estimators[p].frozen_embeddings(front, back)
-            (theta, teacher_theta), (phi, teacher_phi) = (x.chunk(2, dim=1) for x in both)
-            teacher_theta, teacher_phi = teacher_theta.detach(), teacher_phi.detach()
-        rows = self.block_rows or max(1, BLOCK_ENTRIES // phi.shape[1])
-        if rows >= theta.shape[1]:
-            return divergence(theta, teacher_theta)
-        # Graphs of a block are made again in the backward pass; none but its own is ever held.
-        blocks = zip(
-            torch.split(theta, rows, dim=1), torch.split(teacher_theta, rows, dim=1), strict=True
-        )
-        losses = [checkpoint(divergence, *block, use_reentrant=False) for block in blocks]
-        return torch.stack(losses).sum()
-
-    def _squashed(self, logits: Tensor, head_channels: int) -> Tensor:
-        if self.squash is None:
-            return logits
-        if self.squash == "tanh":
-            return logits.tanh()
-        if self.squash == "scaled":
-            return logits / math.sqrt(head_channels)
-        squashed: Tensor = self.squash(logits)
-        if not isinstance(squashed, Tensor) or squashed.shape != logits.shape:
-            got = tuple(squashed.shape) if isinstance(squashed, Tensor) else squashed
-            raise ValueError(
-                f"`squash` must return logits of the shape it was given, {tuple(logits.shape)}; "
-                f"got {got}."
-            )
-        return squashed
+            return self._embeddings(p, *student, own=True), self._embeddings(p, *teacher, own=False)
+        # Both networks in one pass through the teacher's heads.
+        front = torch.cat([gather_rows(x[0], self.process_group) for x in (student, teacher)])
+        back = torch.cat([student[1], teacher[1]])
+        both = self._estimators[p].frozen_embeddings(front, back)
+        (theta, teacher_theta), (phi, teacher_phi) = (x.chunk(2, dim=1) for x in both)
+        return (theta, phi), (teacher_theta, teacher_phi)
 
     @property
     def _estimators(self) -> list[MultiHeadGraphEstimator]:
@@ -452,37 +381,43 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     def _read(
         self, name: str, maps: list[Any], layout: Layout, *, batch: int | None = None
-    ) -> list[Tensor]:
-        """Return the features as matrices ``b n c`` that fit the points and the heads."""
+    ) -> dict[str, Tensor]:
+        """Return the features as matrices ``b n c`` that fit, by the names that errors give them.
+
+        Without ``batch``, the first network of a call: processes compare their batches.
+        """
         rows = read_rows(name, maps, layout, batch=batch)
-        processes = 1 if self.process_group is None else self.process_group.size()
+        _, processes = rank_and_size(self.process_group)
         if len(rows[0]) * processes < 2:
             raise ValueError(
                 f"`{name}[0]` must hold at least 2 samples: a graph relates samples to each "
                 f"other; got {len(rows[0])}. Drop the last incomplete batch of an epoch."
             )
         heads = self._estimators[0]
-        for p, matrix in enumerate(rows):
+        named = {f"{name}[{p}]": matrix for p, matrix in enumerate(rows)}
+        for point, matrix in named.items():
             if matrix.device != heads.device:
                 raise ValueError(
-                    f"`{name}[{p}]` must be on {heads.device}, where the attention heads are; "
+                    f"`{point}` must be on {heads.device}, where the attention heads are; "
                     f"got {matrix.device}. Move one of them with `.to(...)`."
                 )
             if self.capturable and matrix.dtype == torch.float64:
                 raise TypeError(
-                    f"`{name}[{p}]` must not be float64 with capturable=True: its decomposition "
+                    f"`{point}` must not be float64 with capturable=True: its decomposition "
                     "waits for the host. Convert the features with `.float()`."
                 )
             vector_dtype = torch.promote_types(matrix.dtype, torch.float32)
             if torch.promote_types(vector_dtype, heads.dtype) != heads.dtype:
                 raise TypeError(
-                    f"`{name}[{p}]` of {matrix.dtype} gives vectors of {vector_dtype}, which do "
+                    f"`{point}` of {matrix.dtype} gives vectors of {vector_dtype}, which do "
                     f"not fit attention heads of {heads.dtype}. Convert the loss with "
                     f"`.to({vector_dtype})`."
                 )
-        return rows
+        if batch is None:
+            check_equal_batches(len(rows[0]), heads.device, self.process_group)
+        return named
 
 
-def _neighbours(points: Sequence[P]) -> list[tuple[P, P]]:
+def _neighbours(points: Sequence[T]) -> list[tuple[T, T]]:
     """Pair each sensing point with the next."""
     return list(zip(points[:-1], points[1:], strict=True))  # noqa: RUF007 # torch 2.4 can not compile itertools.pairwise
