@@ -253,10 +253,13 @@ def test_hardly_a_sample_of_a_trained_network_wants_float64(name):
         net(images[:64])
         maps = [rearrange(f, "b c h w -> b (h w) c") for f in hooks.features]
     counts = [min(4, *m.shape[1:]) for m in maps]
-    for where in ("cpu", NAME):  # the CPU may filter more often
-        found = top_singular_vectors([m.to(where) for m in maps], counts, ["map"] * len(maps))
-        shares = [float(f.doubtful.float().mean()) for f in found]
-        assert sum(shares) / len(shares) <= 0.02, (where, shares)
+    names = ["map"] * len(maps)
+    # The CPU filters as often as needed; elsewhere, and in a capturable step, the rounds are fixed.
+    for where, capturable in (("cpu", False), (NAME, False), (NAME, True)):
+        there = [m.to(where) for m in maps]
+        found = top_singular_vectors(there, counts, names, capturable=capturable)
+        shares = [float(held(f.doubtful).float().mean()) for f in found]
+        assert sum(shares) / len(shares) <= 0.02, (where, capturable, shares)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
