@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Under a minute, no download. A teacher learns 797 images with their labels; the students know the
+About a minute, no download. A teacher learns 797 images with their labels; the students know the
 labels of 20 of them and see the other images without. Three students a seed: on the labels alone,
 with soft logits (Hinton's), and with MHGD; both distillations take the teacher's word on all images
 of a step. Start, images, shifts, steps and optimizer are the same for the three. Accuracy after the

@@ -259,7 +259,7 @@ def test_hardly_a_sample_of_a_trained_network_wants_float64(name):
         there = [m.to(where) for m in maps]
         found = top_singular_vectors(there, counts, names, capturable=capturable)
         shares = [float(held(f.doubtful).float().mean()) for f in found]
-        assert sum(shares) / len(shares) <= 0.02, (where, capturable, shares)
+        assert max(shares) <= 0.02, (where, capturable, shares)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
