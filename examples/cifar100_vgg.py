@@ -31,8 +31,9 @@ from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
 SENSING_POINTS = ("stages.0", "stages.1", "stages.2", "stages.3", "stages.4")  # of both networks
 Method = Literal[
-    "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits", "mhgd-own-heads"
-]
+    "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
+    "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Settings(common.Settings):
     data_name: str | None = "CIFAR-100"  # what records call the data
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and forms of MHGD
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # epochs of the teacher; else as many as a student's
+    teacher_epochs: int | None = None  # of the teacher, 0 for an untrained one; else as a student's
     first_epochs: int = 40  # epochs of the attention heads before the student
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
@@ -51,6 +52,7 @@ class Settings(common.Settings):
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the transfer gradient is gated
     bound: float = 1.0  # largest transfer norm, in task norms, late in training
+    soft_share: float = 0.3  # part of the soft logits in the task loss, for methods with them
 
 
 def load(settings: Settings) -> Data:
@@ -83,7 +85,8 @@ def train_alone(
 ) -> dict[str, Any]:
     """Train the teacher, or a student without one, on the task; return the record."""
     if method == "teacher":
-        epochs, uses = settings.teacher_epochs or settings.epochs, ["teacher_epochs"]
+        epochs, uses = settings.teacher_epochs, ["teacher_epochs"]
+        epochs = settings.epochs if epochs is None else epochs
     else:
         epochs, uses = settings.epochs, ["epochs", "student_share", "student_width"]
     run = Run(settings, data, method, uses, **{method: network.name})
@@ -151,13 +154,13 @@ def train_student(
     add soft logits to the task.
     """
     squash: Literal["tanh", "scaled"] | None = None
-    if method != "mhgd" and method != "mhgd-soft-logits":
+    if method not in ("mhgd", "mhgd-soft-logits"):
         squash = "tanh" if method == "mhgd-tanh" else "scaled"
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
         teacher.channels,
         settings.num_heads,
-        student_channels=student.channels if method == "mhgd-own-heads" else None,
+        student_channels=student.channels if "own-heads" in method else None,
         squash=squash,
         process_group=common.process_group(),
     ).to(settings.device)
@@ -168,7 +171,7 @@ def train_student(
     parts = {"model": student, "optimizer": optimizer, "schedule": schedule}
     parts["own_heads"] = transfer.student_heads
     uses = ["epochs", "teacher_epochs", "first_epochs", "student_share", "student_width"]
-    uses += ["num_heads", "gate", "bound"]
+    uses += ["num_heads", "gate", "bound", *(["soft_share"] if "soft-logits" in method else [])]
     run = Run(settings, data, method, uses, teacher=teacher.name, student=student.name)
     teacher.eval().requires_grad_(False)
     of_student = FeatureHooks(student, SENSING_POINTS)
@@ -183,8 +186,9 @@ def train_student(
                 with torch.no_grad():
                     targets = teacher(images).float()
             task = finite(F.cross_entropy(logits, labels))
-            if method == "mhgd-soft-logits":
-                task = 0.7 * task + 0.3 * common.soft_logits(logits, targets)
+            if "soft-logits" in method:
+                soft = common.soft_logits(logits, targets)
+                task = (1 - settings.soft_share) * task + settings.soft_share * soft
             graphs = transfer(of_student.features, of_teacher.features)
             optimizer.zero_grad()
             optimizer.backward(task, graphs)  # two gradients, the second scaled by the gate

@@ -51,10 +51,10 @@ TINY = "tiny-imagenet-200"
 TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
 TINY_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"  # of other libraries' loaders: none is stated
 
-AT_LEAST = {"epochs": 1, "teacher_epochs": 1, "first_epochs": 0, "batch_size": 2, "classes": 2}
-AT_LEAST |= {"limit_per_class": 1, "num_heads": 1, "threads": 1, "seed": 0}
+AT_LEAST = {"epochs": 1, "teacher_epochs": 0, "first_epochs": 0, "batch_size": 2, "classes": 2}
+AT_LEAST |= {"limit_per_class": 1, "num_heads": 1, "threads": 1, "seed": 0, "soft_share": 0}
 ABOVE_ZERO = ("bound", "learning_rate", "width", "student_width", "student_share")
-AT_MOST = {"width": 4, "student_width": 1, "student_share": 1, "seed": 2**63 - 1}
+AT_MOST = {"width": 4, "student_width": 1, "student_share": 1, "soft_share": 1, "seed": 2**63 - 1}
 
 
 @dataclass(frozen=True)
@@ -719,6 +719,8 @@ def report(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
         return
     curves = {}
     for record in records:
+        if "accuracy" not in record:  # a teacher that stays untrained
+            continue
         method = record["settings"]["method"]
         *_, epochs = record["phases"].values()
         curves[method] = [epoch["test_accuracy"] for epoch in epochs]

@@ -34,7 +34,8 @@ from tyro.conf import Fixed, Suppress
 
 Method = Literal[
     "student", "soft-logits", "fitnet", "at", "fsp", "dml", "kd-svd", "kd-svdf", "ft", "ab", "rkd",
-    "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits", "mhgd-own-heads",
+    "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads", "mhgd-soft-logits",
+    "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
 FORMS = ("mhgd-tanh", "mhgd-scaled", "mhgd-soft-logits")  # trained beside a table's methods
 

@@ -22,13 +22,13 @@ TITLES |= {
     "mhgd-scaled": "MHGD, scaled",
     "mhgd-soft-logits": "MHGD + Soft-logits",
     "mhgd-own-heads": "MHGD, own heads",
+    "mhgd-own-heads-soft-logits": "MHGD, own heads + Soft-logits",
 }
 PAIRED = ["data", "classes", "images", "seed", "student", "split", "student_share", "epochs"]
 PAIRED += ["student_width", "width", "learning_rate", "batch_size", "amp"]
 VARIED = ["data", "network", "split", "student_share", "student_width", "epochs", "first_epochs"]
-VARIED += ["num_heads", "gate", "bound", "width", "learning_rate", "amp", "batch_size", "classes"]
-
-
+VARIED += ["teacher_epochs", "num_heads", "gate", "bound", "soft_share", "width", "learning_rate"]
+VARIED += ["amp", "batch_size", "classes"]
 MISSING = "–"
 
 

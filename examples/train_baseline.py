@@ -47,7 +47,10 @@ class Distillation:
             raise ValueError(f"`--methods` must be student or MHGD under torchrun; got {method}.")
         self.recipe = RECIPES[method]
         self.student, self.teacher, self.data, self.script = student, teacher, data, script
-        self.settings = replace(settings, gate="norm", bound=1.0)  # of gated ones: no other form
+        self.settings = replace(settings, gate="norm")  # of gated ones: no other form
+        if method == "soft-logits":
+            share = settings.soft_share
+            self.recipe = replace(self.recipe, weight=share, task_weight=1 - share)
         self.module: Any = self.recipe.build(student.channels, teacher.channels).to(settings.device)
         self.mutual = self.recipe.schedule == "mutual"
         teacher.train(self.mutual).requires_grad_(self.mutual)
@@ -57,6 +60,8 @@ class Distillation:
         }
         uses = ["epochs", "student_share", "student_width"]
         uses += [] if self.mutual else ["teacher_epochs"]
+        uses += ["bound"] if self.recipe.gated else []
+        uses += ["soft_share"] if method == "soft-logits" else []
         uses += ["first_epochs"] if self.recipe.schedule in ("initialise", "prepare") else []
         names = {"teacher": teacher.name, "student": student.name}
         self.run = Run(settings, data, method, uses, **names)

@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_and_damaged_records_are_named(tmp_path):
     ("change", "message"),
     [
         ({"epochs": 0}, "`--epochs` must be ≥ 1; got 0"),
-        ({"teacher_epochs": 0}, "`--teacher-epochs` must be ≥ 1; got 0"),
+        ({"teacher_epochs": -1}, "`--teacher-epochs` must be ≥ 0; got -1"),
         ({"first_epochs": -1}, "`--first-epochs` must be ≥ 0; got -1"),
         ({"batch_size": 1}, "`--batch-size` must be ≥ 2; got 1"),
         ({"learning_rate": 0.0}, "`--learning-rate` must be > 0 and finite; got 0"),

@@ -126,6 +126,22 @@ def test_a_closed_gate_trains_the_student_as_alone(data, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_no_share_of_soft_logits_leaves_the_method_as_it_is(data, tmp_path):
+    methods = ("mhgd", "mhgd-soft-logits")
+    settings = cifar100_vgg.Settings(**SMALL, data_dir=data, out=tmp_path, method=methods)
+    cifar100_vgg.main(replace(settings, soft_share=0.0))
+    plain, mixed = (records(tmp_path)[m]["phases"]["student"] for m in methods)
+    assert plain == mixed
+
+
+def test_an_untrained_teacher_is_a_control_without_accuracy(data, tmp_path):
+    settings = cifar100_vgg.Settings(**SMALL | {"teacher_epochs": 0}, data_dir=data, out=tmp_path)
+    cifar100_vgg.main(settings)
+    found = records(tmp_path)
+    assert "accuracy" not in found["teacher"]
+    assert "accuracy" in found["mhgd"]
+
+
 def killed_until_done(main, settings, kills=5):
     """Run in forks, kill the first ones at random moments; return epochs kept after each.
 
