@@ -12,6 +12,7 @@ from baselines import RECIPES
 from common import save_figure
 from matplotlib.figure import Figure
 from networks import NETWORKS
+from scipy.stats import t as student_t  # type: ignore[import-untyped] # it ships no types
 
 Table = Literal["cifar100", "tinyimagenet", "students", "heads", "sota"]
 TITLES = {"teacher": "Teacher", "student": "Student"}
@@ -133,6 +134,7 @@ def frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             {name: str(value_of(settings, name)) for name in VARIED}
             | {"method": settings["method"], "seed": settings["seed"], "accuracy": accuracy}
             | {"gain": None if base is None else accuracy - base}
+            | {"loss": epochs[-1].get("loss")}
             | {"curve": [epoch["test_accuracy"] for epoch in epochs]}
         )
     return pd.DataFrame(lines)
@@ -184,6 +186,15 @@ def spread(values: pd.Series[float], sign: str = "") -> str:
     return f"{values.mean():{sign}.2f}{sd} ({len(values)})"
 
 
+def interval(gains: pd.Series[float]) -> str:
+    """Return the 95 % interval of the mean gain, by Student's t over seeds."""
+    gains = gains.dropna()
+    if len(gains) < 2:
+        return MISSING
+    half = student_t.ppf(0.975, len(gains) - 1) * gains.sem()
+    return f"{gains.mean() - half:+.1f} to {gains.mean() + half:+.1f}"
+
+
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a table with a line for each method and each setting that varies."""
     rows = []
@@ -191,7 +202,8 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             {"method": TITLES[method], **settings}
             | {"accuracy, %": spread(group["accuracy"])}
-            | {"over the student": spread(group["gain"], "+")}
+            | {"over the student": spread(group["gain"], "+"), "95 %": interval(group["gain"])}
+            | {"training loss": spread(group["loss"])}
         )
     text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     return text

@@ -60,13 +60,14 @@ def test_tables_of_the_readme_are_some_of_the_results():
     made = [line for path in TRAINED for line in cells(tables.markdown(common.read_records(path)))]
     shown = [line for line in cells(readme) if any(" ± " in cell for cell in line)]
     assert shown
-    assert set(shown) <= set(made)
+    for line in shown:  # some leave the last columns out
+        assert line in [other[: len(line)] for other in made]
 
 
 def test_gains_are_paired_by_seed():
     def record(method, seed, accuracy, **settings):
         about = {"method": method, "seed": seed, "student": "VGG7", "data": "x", **settings}
-        epochs = [{"epoch": 1, "test_accuracy": accuracy}]
+        epochs = [{"epoch": 1, "loss": 1 + seed, "test_accuracy": accuracy}]
         return {"settings": about, "accuracy": accuracy, "phases": {"student": epochs}}
 
     alone = [record("student", 0, 40.0), record("student", 1, 50.0)]
@@ -74,10 +75,19 @@ def test_gains_are_paired_by_seed():
     others.append(record("mhgd", 2, 99.0, bound=1.0))  # without a student alone
     others.append(record("mhgd", 0, 41.0, bound=3.0))
     lines = cells(tables.markdown([*others, *alone]))
-    assert lines[0] == ("method", "bound", "accuracy, %", "over the student")
-    assert lines[1] == ("Student", "–", "45.00 ± 7.07 (2)", "–")
-    assert lines[2] == ("MHGD", "1.0", "64.33 ± 30.29 (3)", "+2.00 ± 1.41 (2)")
-    assert lines[3] == ("MHGD", "3.0", "41.00 (1)", "+1.00 (1)")
+    assert lines == [
+        ("method", "bound", "accuracy, %", "over the student", "95 %", "training loss"),
+        ("Student", "–", "45.00 ± 7.07 (2)", "–", "–", "1.50 ± 0.71 (2)"),
+        (
+            "MHGD",
+            "1.0",
+            "64.33 ± 30.29 (3)",
+            "+2.00 ± 1.41 (2)",
+            "-10.7 to +14.7",
+            "2.00 ± 1.00 (3)",
+        ),
+        ("MHGD", "3.0", "41.00 (1)", "+1.00 (1)", "–", "1.00 (1)"),
+    ]
 
 
 def test_teachers_of_two_pairs_are_two_lines():
