@@ -202,7 +202,7 @@ def finite(loss: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: uint8 pixels ``n c h w`` and int64 classes ``n``."""
+    """Images ``n c h w`` and their classes, int64 ``n``."""
 
     images: Tensor
     labels: Tensor
