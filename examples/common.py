@@ -50,6 +50,7 @@ CIFAR100_MD5 = "md5:eb9058c3a382ffc7106e4002c42a8d85"  # stated on the page of t
 TINY = "tiny-imagenet-200"
 TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
 TINY_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"  # of other libraries' loaders: none is stated
+CACHE = Path(pooch.os_cache("graph-kd"))  # folder of downloads and decoded images
 
 RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {  # for flags of all scripts
     "≥ 0": (lambda value: value >= 0, ("teacher_epochs", "first_epochs")),
@@ -323,15 +324,9 @@ def random_crop_flip(images: Tensor, order: torch.Generator, padding: int = 4) -
     return torch.where(rearrange(flip.bool(), "b -> b 1 1 1"), crops.flip(3), crops)
 
 
-def cache() -> Path:
-    """Return the folder of downloads and decoded images."""
-    folder: Path = pooch.os_cache("graph-kd")
-    return folder
-
-
 def download(url: str, md5: str, **options: Any) -> Any:
     """Return what pooch has of a file, checked; it is downloaded once."""
-    return pooch.retrieve(url, md5, Path(url).name, cache(), progressbar=True, **options)
+    return pooch.retrieve(url, md5, Path(url).name, CACHE, progressbar=True, **options)
 
 
 class CifarUnpickler(pickle.Unpickler):
@@ -398,10 +393,11 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
     label_of = {wnid: n for n, wnid in enumerate((root / "wnids.txt").read_text().split())}
     splits = [tiny_labels(root / split, label_of) for split in ("train", "val")]
     listing = "".join(f"{file} {file.stat().st_size}\n" for split in splits for file in split)
-    kept = cache() / f"{TINY}-{zlib.crc32(listing.encode()):08x}.pt"
-    if not kept.exists():
+    kept = CACHE / f"{TINY}-{zlib.crc32(listing.encode()):08x}.pt"
+    if is_main() and not kept.exists():
         images = [torch.stack([decoded(file) for file in tqdm(split)]) for split in splits]
         save_atomically(kept, {"images": images})
+    sum_over_processes(torch.zeros(1))  # the other processes wait here
     images = read_tensors(kept, "to decode the images again")["images"]
     labels = [torch.tensor(list(split.values())) for split in splits]
     train, val = map(ImageSet, images, labels)
@@ -566,9 +562,10 @@ class Run:
         measured = [epoch["test_accuracy"] for epoch in epochs if "test_accuracy" in epoch]
         if measured:
             self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
-        others = read_records(self.records)
-        if is_main() and all(other["settings"] != self.record["settings"] for other in others):
-            write_records(self.records, [*others, self.record])
+        if is_main():
+            records = {str(record["settings"]): record for record in read_records(self.records)}
+            records[str(self.record["settings"])] = self.record
+            write_records(self.records, records.values())
         return self.record
 
 

@@ -116,7 +116,7 @@ def write_tiny(root, flat=True):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_tiny_imagenet_is_read_class_by_class_and_decoded_once(tmp_path, monkeypatch, flat):
-    monkeypatch.setattr(common, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     wanted = write_tiny(tmp_path / common.TINY, flat=flat)
     for path in (tmp_path, tmp_path / common.TINY):
         for part, split in zip(common.read_tinyimagenet(path), wanted, strict=True):
@@ -141,7 +141,7 @@ def test_tiny_imagenet_is_read_class_by_class_and_decoded_once(tmp_path, monkeyp
     ],
 )
 def test_a_tiny_imagenet_with_a_gap_is_refused(tmp_path, monkeypatch, damage, reason):
-    monkeypatch.setattr(common, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     root = tmp_path / common.TINY
     write_tiny(root)
     file = root / "train/n01/images/n01_3.JPEG"
@@ -239,6 +239,11 @@ def test_other_settings_are_another_file_and_a_finished_run_is_not_run_again(tmp
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["settings"]["seed"] for line in lines] == [0, 1]
     assert {"graph_kd", "torch", "python", "hardware", "commit"} == set(record["versions"])
+    for network in (tmp_path / "networks").glob("student-0-*"):
+        network.unlink()
+    run_two_epochs(tmp_path, 9.0)  # again, in place of the first
+    lines = common.read_records(tmp_path / "records.jsonl")
+    assert [(line["settings"]["seed"], line["accuracy"]) for line in lines] == [(0, 9.0), (1, 8.0)]
 
 
 def test_a_run_that_diverges_leaves_no_record(tmp_path):
