@@ -162,7 +162,7 @@ def train_student(
     of_teacher = FeatureHooks(teacher, SENSING_POINTS)
     for epoch in run.epochs("student", settings.epochs, **parts):
         student.train()
-        optimizer.bound = settings.bound / (1 + exp(-epoch))  # grows from half the bound
+        optimizer.bound = settings.bound / (1 + exp(-epoch))  # from half the bound to the bound
         losses = []
         for images, labels in data.batches(run.order):
             with settings.autocast():

@@ -167,11 +167,29 @@ def test_a_share_a_limit_and_a_dev_split_take_the_first_images_of_each_class(fol
     assert len({data.digest for data in (whole, dev, few)}) == 3
 
 
-def test_an_epoch_holds_each_image_once_and_images_are_standardised(folder):
-    data = cifar100_vgg.load(settings(data_dir=folder))
-    plain = data.normalize(data.train.images)
+def test_images_are_standardised_and_a_constant_channel_becomes_zero():
+    part = random_data().train
+    part.images[:, 2] = 7
+    plain = common.load(settings(), lambda _path: (part, part)).normalize(part.images)
     torch.testing.assert_close(plain.mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(plain.var(dim=(0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
+    wanted = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(plain.var(dim=(0, 2, 3), correction=0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 4}, "`--classes` must be ≤ 3; got 4"),
+        ({"split": "dev"}, "`--split dev` must have ten training images of a class; got fewer"),
+    ],
+)
+def test_more_than_the_data_have_is_refused(change, message):
+    part = random_data(per_class=9).train
+    with pytest.raises(ValueError, match=message):
+        common.load(settings(**change), lambda _path: (part, part))
+
+
+def test_an_epoch_holds_each_image_once():
     data = random_data(per_class=16)
     batches = list(data.batches(torch.Generator().manual_seed(0)))
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [16] * 3
