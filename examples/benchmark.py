@@ -347,25 +347,23 @@ def tables(record: Mapping[str, Any]) -> str:
         found["Growth"] = pd.DataFrame(record["growth"]).set_index("samples")
     text = [f"{where}, medians of {rounds} rounds."]
     for title, lines in found.items():
-        shown = lines.drop(columns="seconds_of_points", errors="ignore")  # of older records
-        for name in shown:
-            if "seconds" in name:
-                shown[name] *= 1e3
-            elif "bytes" in name:
-                shown[name] /= 2**20
-        shown = shown.map(text_of).rename(columns=lambda name: renamed(str(name)))
+        columns = {}
+        for name in lines.columns.drop("seconds_of_points", errors="ignore"):  # of older records
+            scale = 1e3 if "seconds" in name else 2**-20 if "bytes" in name else 1
+            columns[renamed(name)] = [text_of(value, scale) for value in lines[name]]
+        shown = pd.DataFrame(columns, lines.index)
         shown = shown.T if title == "A step" else shown
         text += [f"{title}:", shown.to_markdown(disable_numparse=True)]
     return "\n\n".join(text) + "\n"
 
 
-def text_of(value: Any) -> str:
+def text_of(value: Any, scale: float) -> str:
     """Return a cell: three digits of a number, the first words of an error."""
     if isinstance(value, str):
         return value.split(":")[0]
     if value != value:  # NaN: not measured
         return "–"
-    return f"{value:.0f}" if 1000 <= value < math.inf else f"{value:.3g}"
+    return f"{scale * value:.0f}" if 1000 <= scale * value < math.inf else f"{scale * value:.3g}"
 
 
 def renamed(name: str) -> str:
