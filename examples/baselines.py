@@ -1,10 +1,10 @@
 """The losses of the ten methods that the poster compares with, and how each is trained.
 
-Values and gradients are those of the authors' program (Lee & Song, KD_methods_with_TF), where it
-holds the method; what differs from each method's own paper is said in its docstring.
+Values and gradients are those of the authors' program (Lee & Song, KD_methods_with_TF) where it
+contains the method. Each docstring says what differs from the method's own paper.
 
-Axis letters: ``b`` sample, ``c d`` channel, ``h w`` space, ``i j k`` samples; ``p`` counts the
-sensing points from 0, ``s`` is the student's, ``t`` the teacher's.
+Axis letters: ``b`` sample, ``c d`` channel, ``h w`` space, ``i j k`` samples. ``p`` counts the
+sensing points from 0; ``s`` is the student's tensor, ``t`` the teacher's.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from graph_kd import SVDFeature, align_singular_vectors
 
 Maps = Sequence[Tensor]  # one ``b c h w`` a sensing point, front to back
-CANDIDATES = 4  # of the student's singular vectors, one of which is aligned to the teacher's first
-COINCIDE = 1e-12  # squared distance of unit embeddings below which two are one
+CANDIDATES = 4  # singular vectors of the student, one of which is aligned to the teacher's first
+COINCIDE = 1e-12  # squared distance of unit embeddings below which they count as equal
 SLOPE = 0.2  # of the leaky ReLUs of factor transfer
 
 
 class Outputs(NamedTuple):
-    """What a network shows of a batch: maps, the classifier's input ``b c``, logits ``b c``."""
+    """Maps at the sensing points, the input ``b c`` of the classifier, and logits ``b c``."""
 
     maps: Maps
     embedding: Tensor
@@ -44,7 +44,8 @@ class Outputs(NamedTuple):
 def mutual(s: Tensor, t: Tensor) -> Tensor:
     """DML (Zhang et al. 2018): ½ mean_b [KL(p_t ‖ p_s) + KL(p_s ‖ p_t)] of logits.
 
-    The program gives this symmetric half to both networks; the paper, KL(p_other ‖ p_own) to each.
+    In the program both networks learn from this symmetric loss; in the paper, each from
+    KL(p_other ‖ p_own).
     """
 
     def divergence(target: Tensor, estimate: Tensor) -> Tensor:
@@ -88,11 +89,11 @@ def attention_transfer(student: Maps, teacher: Maps) -> Tensor:
 
 
 class ActivationBoundary(nn.Module):
-    """AB (Heo et al. 2019): each unit is to be on, with a margin, where the teacher's is.
+    """AB (Heo et al. 2019): a unit should be active, with a margin, where the teacher's is.
 
-    Σ_p 2^p mean_b Σ_chw max(0, 1 - x)² where t_p > 0, max(0, 1 + x)² elsewhere, x the connector's
-    image of s_p. The program takes the teacher's maps after the ReLU. The connector's batch norm
-    takes the statistics of the batch in evaluation too.
+    Σ_p 2^p mean_b Σ_chw max(0, 1 - x)² where t_p > 0, max(0, 1 + x)² elsewhere; x is the output of
+    the connector for s_p. The program takes the teacher's maps after the ReLU. The connector's
+    batch norm uses the statistics of the batch in evaluation too.
     """
 
     def __init__(self, of_student: Sequence[int], of_teacher: Sequence[int]) -> None:
@@ -146,7 +147,7 @@ def aligned(student: Maps, teacher: Maps) -> list[tuple[Tensor, Tensor]]:
 def kd_svd(student: Maps, teacher: Maps) -> Tensor:
     """KD-SVD (Lee et al. 2018): Σ_p Σ_bcd (K_s - K_t)², K = exp(-(v_p+1,d - v_p,c)² / 8).
 
-    Without singular values: of one vector, normalised, they are one. The gradient is exact; the
+    Without singular values: normalised over one vector, they are 1. The gradient is exact; the
     program's is not.
     """
 
@@ -162,9 +163,9 @@ def kd_svd(student: Maps, teacher: Maps) -> Tensor:
 
 
 def kd_svdf(student: Maps, teacher: Maps) -> Tensor:
-    """KD-SVDF (a baseline of Lee & Song 2019): Σ_p Σ_bc (v_s - v_t)², the vectors of KD-SVD.
+    """KD-SVDF (a baseline of Lee & Song 2019): Σ_p Σ_bc (v_s - v_t)², with the vectors of KD-SVD.
 
-    The poster says L2 distance and no more; the square and the sums are ours.
+    The poster says only "L2 distance"; the square and the sums are ours.
     """
     return torch.stack([(s - t).square().sum() for s, t in aligned(student, teacher)]).sum()
 
@@ -172,8 +173,8 @@ def kd_svdf(student: Maps, teacher: Maps) -> Tensor:
 def relational(student: Tensor, teacher: Tensor) -> Tensor:
     """RKD (Park et al. 2019): 25 mean_ij h(D_s - D_t) + 50 mean_ijk h(A_s - A_t) of embeddings.
 
-    h is Huber's loss, D the distances over their mean, A the cosines of the angles at i between j
-    and k; the program scales embeddings to unit length. Memory and time grow with b³.
+    h is Huber's loss, D the distances divided by their mean, A the cosines of the angles at i
+    between j and k. The program scales embeddings to unit length. Memory and time grow with b³.
     """
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +182,8 @@ def relational(student: Tensor, teacher: Tensor) -> Tensor:
         difference = rearrange(unit, "j c -> 1 j c") - rearrange(unit, "i c -> i 1 c")
         squared = difference.square().sum(dim=-1)
         distance = squared.clamp_min(COINCIDE).sqrt()
-        apart = rearrange(squared > COINCIDE, "i j -> i j 1")  # others have no direction
-        direction = torch.where(apart, difference, 0) / rearrange(distance, "i j -> i j 1")
+        distinct = rearrange(squared > COINCIDE, "i j -> i j 1")  # equal ones have no direction
+        direction = torch.where(distinct, difference, 0) / rearrange(distance, "i j -> i j 1")
         cosine: Tensor = einsum(direction, direction, "i j c, i k c -> i j k")
         return distance / distance.mean(), cosine
 
@@ -193,16 +194,16 @@ def relational(student: Tensor, teacher: Tensor) -> Tensor:
 class FactorTransfer(nn.Module):
     """FT (Kim et al. 2018): mean_bchw |f(encoder(t)) - f(translator(s))| of the last maps.
 
-    f scales each position to unit length over channels. The paraphraser, encoder and decoder, is
+    f scales each position to unit length over channels. The paraphraser (encoder and decoder) is
     first trained on the teacher alone by `paraphraser_loss`. Widths and leaky ReLUs are the
-    program's. Height and width must be even, the teacher's channels at least 8.
+    program's. Height and width must be even; the teacher must have at least 8 channels.
     """
 
     def __init__(self, of_student: Sequence[int], of_teacher: Sequence[int]) -> None:
         super().__init__()
         wide, half, quarter, eighth = (of_teacher[-1] // n for n in (1, 2, 4, 8))
         if not eighth:
-            raise ValueError(f"`of_teacher` must end in 8 channels or more; got {wide}.")
+            raise ValueError(f"`of_teacher` must end in at least 8 channels; got {wide}.")
 
         def encoder(incoming: int) -> nn.Sequential:
             return nn.Sequential(
@@ -253,19 +254,19 @@ class Plain(nn.Module):
 class Recipe:
     """How the authors' program trains with a loss.
 
-    The schedules: "together": every step on both losses. "initialise": first epochs on ``weight`` ·
-    loss alone, then epochs on the task alone. "prepare": first epochs on the paraphraser, then as
-    together. "mutual": together, for two networks of which neither was trained before.
+    The schedules: "together": every step uses both losses. "initialise": the first epochs use
+    ``weight`` · loss alone, the others the task alone. "prepare": the first epochs train the
+    paraphraser, the others are as in together. "mutual": together, for two new networks.
 
     Args:
         title: The method's name in tables.
         make: From the channels of student and teacher to the loss, a function or a class.
         takes: Which of the `Outputs` it compares.
-        same: Axes of these in which student and teacher must agree.
-        schedule: When it is used.
+        same: Axes of these that must be equal in student and teacher.
+        schedule: When each loss is used.
         weight, task_weight: Factors on the loss and on the task's.
         first_rate: Factor on the learning rate of the first epochs.
-        gated: Whether its gradient passes the gate, as MHGD's does.
+        gated: Whether the gate limits its gradient, as it does for MHGD.
     """
 
     title: str
@@ -300,7 +301,8 @@ class Recipe:
                 if axis in self.same and got != wanted:
                     raise ValueError(
                         f"{self.title} needs equal `{axis}` in student and teacher at sensing "
-                        f"point {p}; got {tuple(s.shape)} and {tuple(t.shape)}. Choose others."
+                        f"point {p}; got {tuple(s.shape)} and {tuple(t.shape)}. Choose other "
+                        "sensing points, or another student."
                     )
             t = t if self.schedule == "mutual" else t.detach()
             ready.append([x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t)])
@@ -314,7 +316,7 @@ RECIPES = {
     "soft-logits": Recipe("Soft-logits", soft_logits, "logits", "b c", weight=0.3, task_weight=0.7),
     "fitnet": Recipe("FitNet", FitNet, "maps", "b h w", "initialise"),
     "at": Recipe("AT", attention_transfer, "maps", "b h w", weight=500.0),
-    # At the task's rate FSP's first epochs diverge on the WRN, whose maps no batch norm bounds.
+    # With a first_rate of 1 FSP diverges on the WRN: no batch norm follows its sensing points.
     "fsp": Recipe("FSP", fsp, "maps", "b c", "initialise", weight=1e-3, first_rate=0.1),
     "dml": Recipe("DML", mutual, "logits", "b c", "mutual"),
     "kd-svd": Recipe("KD-SVD", kd_svd, "maps", "b c", gated=True),

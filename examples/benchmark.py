@@ -1,44 +1,50 @@
-r"""What the method costs: singular vectors, a whole step, growth over the batch.
+r"""What the method costs: singular vectors, a whole step, growth with the batch.
 
     python examples/benchmark.py --out runs/benchmark
     python examples/benchmark.py --device cuda --part step --out runs/benchmark_cuda
 
 Some 15 minutes on two CPU cores. Four networks (VGG16, VGG7, WRN-22-4, WRN-10-4) first learn
-scikit-learn's digits at 32×32, so that the maps are those of trained networks. All that is compared
-takes its turn in every round; the tables give medians, and the median of the rounds' ratios.
-``OUT/benchmark.jsonl`` holds a record a part, ``OUT/benchmark.png`` the singular vectors.
+scikit-learn's digits at 32×32, so that their maps are those of trained networks. What is compared
+is measured once in every round; the tables give medians over the rounds, of times and of ratios.
+``OUT/benchmark.jsonl`` holds a record a part, ``OUT/benchmark.png`` shows the singular vectors.
+
+Axis letters: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
-import bench_vectors
 import common
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from bench_vectors import KINDS, median_ratio, paired_seconds, peak_bytes
-from common import Data, ImageSet
 from einops import rearrange, repeat
+from matplotlib.figure import Figure
 from networks import Network, build
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.optim import SGD
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
-from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
+from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss, SVDFeature
+from graph_kd import align_singular_vectors as align
 
 PAIRS = (("VGG16", "VGG7"), ("WRN-22-4", "WRN-10-4"))  # teacher, student
-CHANNELS = (64, 128)  # of the pair whose loss grows with the batch
+KINDS = {"trained": "of trained networks", "small gaps": "with gaps of 1.5 %"}
+CHANNELS = (64, 128)  # of the two sensing points whose loss grows with the batch
 Part = Literal["vectors", "step", "growth"]
+Point = tuple[Tensor, Tensor]  # the maps ``b n c`` of teacher and student at one sensing point
 Tasks = Mapping[str, Callable[[], object]]
+Way = Callable[[Tensor, int], Tensor]  # from ``b n c`` and k to right singular vectors ``b k c``
 
 
 @dataclass(frozen=True)
@@ -54,53 +60,216 @@ class Settings:
     samples: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # batch sizes of growth
     plain_up_to: int = 2048  # largest batch whose graphs are also held whole
     threads: int | None = None  # CPU threads of torch
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
 
     def __post_init__(self) -> None:
-        for name, least in {"train_steps": 1, "batch_size": 2, "repeats": 1, "threads": 1}.items():
-            if (got := getattr(self, name)) is not None and got < least:
-                raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ {least}; got {got}.")
+        common.check(self)
 
 
-def digits(settings: Settings) -> Data:
-    """Return scikit-learn's digits as 32×32 images of three channels, on the device."""
+def digits(settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's digits as standardised images ``b 3 32 32``, and their labels."""
     pixels, labels = load_digits(return_X_y=True)
-    images = rearrange(torch.from_numpy(pixels).float(), "n (h w) -> n 1 h w", h=8)
-    images = F.interpolate(images * 15, size=(32, 32), mode="bilinear")
-    images = repeat(images.to(torch.uint8), "n 1 h w -> n c h w", c=3)
-    mean, std = (part.to(settings.device) for part in common.moments(images))
-    train = ImageSet(images.to(settings.device), torch.from_numpy(labels).to(settings.device))
-    return Data(train, train, 10, settings.batch_size, 0, mean, std)
+    small = rearrange(torch.from_numpy(pixels).float(), "b (h w) -> b 1 h w", h=8)
+    large = F.interpolate((small - small.mean()) / small.std(), size=(32, 32), mode="bilinear")
+    images = repeat(large, "b 1 h w -> b c h w", c=3)
+    return images.to(settings.device), torch.from_numpy(labels).to(settings.device)
 
 
-def trained(name: str, data: Data, settings: Settings) -> Network:
-    """Return a network after a few steps."""
-    torch.manual_seed(0)
-    network = build(name, data.classes, settings.width).to(settings.device)
-    optimizer = SGD(network.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    stream = endless(data)
-    for _ in tqdm(range(settings.train_steps), f"{name} learns", leave=False):
-        images, labels = next(stream)
-        optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(network(images), labels))
-        optimizer.step()
-    return network
+@cache
+def trained_pairs(settings: Settings) -> list[tuple[Network, Network]]:
+    """Return each pair of networks after a few steps."""
+    images, labels = digits(settings)
+    pairs = []
+    for pair in PAIRS:
+        torch.manual_seed(0)
+        teacher, student = (build(name, 10, settings.width).to(settings.device) for name in pair)
+        for network in (teacher, student):
+            sgd = SGD(network.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+            for _ in tqdm(range(settings.train_steps), f"{network.name} learns", leave=False):
+                chosen = torch.randint(len(images), (settings.batch_size,))
+                sgd.zero_grad()
+                torch.autograd.backward(F.cross_entropy(network(images[chosen]), labels[chosen]))
+                sgd.step()
+        pairs.append((teacher, student))
+    return pairs
 
 
-def endless(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches as training takes them."""
-    order = torch.Generator().manual_seed(0)
-    while True:
-        yield from data.batches(order)
+def seconds_of(tasks: Tasks, settings: Settings) -> dict[str, list[float]]:
+    """Time each task once in every round, after a round that warms up.
+
+    What slows the machine for a while slows all tasks, so that their ratios hold.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in tqdm(range(settings.repeats + 1), "rounds", leave=False):
+        for name, task in tasks.items():
+            started = now(settings.device)
+            task()
+            if number:
+                seconds[name].append(now(settings.device) - started)
+    return seconds
 
 
-def measure_step(teacher: Network, student: Network, data: Data, settings: Settings) -> Any:
+def now(device: str) -> float:
+    """Return the time after all that the device has been given to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio of two times."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def peak_bytes(task: Callable[[], object], device: str) -> int:
+    """Return the most bytes of tensors that a task holds at a time beside those there before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        task()
+        return int(torch.cuda.max_memory_allocated()) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        task()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+# Singular vectors
+
+
+@torch.no_grad()
+def points_of(teacher: Network, student: Network, images: Tensor) -> list[Point]:
+    """Return the maps of both networks at every sensing point."""
+    maps = []
+    for network in (teacher.eval(), student.train()):
+        with FeatureHooks(network, network.sensing_points) as hooks:
+            network(images)
+            maps.append([rearrange(m, "b c h w -> b (h w) c") for m in hooks.features])
+    return list(zip(*maps, strict=True))
+
+
+def small_gaps(like: Tensor) -> Tensor:
+    """Return matrices of the same shape whose neighbouring singular values differ by 1.5 %."""
+    b, n, c = like.shape
+    values = 1.015 ** -torch.arange(min(n, c), dtype=torch.float64)
+    random = (torch.randn(b, length, len(values), dtype=torch.float64) for length in (n, c))
+    left, right = (torch.linalg.qr(matrix)[0] for matrix in random)
+    matrices: Tensor = (left * values) @ right.mT
+    return matrices.to(like)
+
+
+def gram(maps: Tensor) -> Tensor:
+    """Return the Gram matrix of the shorter side: the least that most ways need."""
+    return maps.mT @ maps if maps.shape[1] >= maps.shape[2] else maps @ maps.mT
+
+
+def gram_eigh(maps: Tensor, k: int) -> Tensor:
+    """Return right singular vectors from eigenvectors of the Gram matrix."""
+    _, basis = torch.linalg.eigh(gram(maps))
+    columns: Tensor = basis[..., -k:].flip(-1)
+    if maps.shape[1] < maps.shape[2]:
+        columns = F.normalize(maps.mT @ columns, dim=1)
+    return rearrange(columns, "b c k -> b k c")
+
+
+WAYS: dict[str, Way] = {
+    "graph-kd": lambda maps, k: SVDFeature(k)(maps),
+    "Gram + eigh": gram_eigh,
+    "linalg.svd": lambda maps, k: torch.linalg.svd(maps, full_matrices=False)[2][:, :k],
+}
+
+
+def vectors(way: Way, teacher: Tensor, student: Tensor) -> Point:
+    """Return the student's aligned vector and its gradient.
+
+    This is what training needs at a sensing point: one vector of the teacher without gradient, four
+    candidates of the student's, and the gradient of the one that is aligned with the teacher's.
+    """
+    student = student.detach().requires_grad_()
+    with torch.no_grad():
+        target = way(teacher, 1)
+    aligned = align(way(student, min(4, *student.shape[1:])), target)
+    (gradient,) = torch.autograd.grad(aligned, student, target)
+    return aligned.detach(), gradient
+
+
+def bare_gram(teacher: Tensor, student: Tensor) -> None:
+    """Take the Gram matrices alone, with backward."""
+    student = student.detach().requires_grad_()
+    gram(teacher)
+    matrix = gram(student)
+    torch.autograd.grad(matrix, student, matrix.detach())
+
+
+def errors(way: Way, points: list[Point]) -> dict[str, float]:
+    """Return the largest errors over all samples, against float64.
+
+    1 - |cos| of the vectors, and the relative error of their gradients.
+    """
+    worst = {"vector": 0.0, "gradient": 0.0}
+    for teacher, student in points:
+        vector, gradient = vectors(way, teacher, student)
+        true, true_gradient = vectors(WAYS["graph-kd"], teacher.double(), student.double())
+        difference = (gradient - true_gradient).flatten(1).norm(dim=1)
+        found = {
+            "vector": 1 - (vector * true).sum(dim=-1).abs(),
+            "gradient": difference / true_gradient.flatten(1).norm(dim=1),
+        }
+        for name, values in found.items():
+            worst[name] = max(worst[name], float(values.nan_to_num(math.inf).max()))
+    return worst
+
+
+def measure_vectors(points: list[Point], kind: str, settings: Settings) -> list[dict[str, Any]]:
+    """Return a row a way: seconds over all sensing points, peak memory, and errors.
+
+    Errors only for maps with known gaps: others have vectors that rounding alone decides.
+    """
+    steps: dict[str, Any] = {"bare Gram": bare_gram}
+    steps |= {name: partial(vectors, way) for name, way in WAYS.items()}
+    tasks = {
+        name: partial(lambda step: [step(*point) for point in points], step)
+        for name, step in steps.items()
+    }
+    seconds = seconds_of(tasks, settings)
+    rows = []
+    for name, task in tasks.items():
+        row = {"method": name, "seconds": median(seconds[name])}
+        row["ours / this"] = ratio(seconds["graph-kd"], seconds[name])
+        row["peak_bytes"] = peak_bytes(task, settings.device)
+        known = name in WAYS and kind == "small gaps"
+        rows.append(row | (errors(WAYS[name], points) if known else {}))
+    return rows
+
+
+def plot(rows_of_kind: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the time of a step by each way, on both kinds of maps."""
+    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (kind, rows) in zip(axes, rows_of_kind.items(), strict=True):
+        milliseconds = {row["method"]: 1e3 * row["seconds"] for row in rows[::-1]}
+        colours = ["C0" if name == "graph-kd" else "0.7" for name in milliseconds]
+        bars = axis.barh([*milliseconds], [*milliseconds.values()], color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.set(xlabel="ms a step, all sensing points", title=f"Maps {KINDS[kind]}")
+        axis.spines[["top", "right"]].set_visible(False)
+    common.save_figure(figure, path)
+
+
+# A whole step, and growth with the batch
+
+
+def measure_step(
+    teacher: Network, student: Network, images: Tensor, labels: Tensor, settings: Settings
+) -> dict[str, Any]:
     """Return seconds of a step and of its parts.
 
     The floor is the teacher's forward pass, the student's, and two backward passes.
     """
-    stream = endless(data)
-    images, labels = next(stream)
     teacher.eval().requires_grad_(False)
     params = list(student.train().parameters())
     of_teacher = FeatureHooks(teacher, teacher.sensing_points)
@@ -108,77 +277,60 @@ def measure_step(teacher: Network, student: Network, data: Data, settings: Setti
     transfer = GraphTransferLoss(student.channels).to(settings.device)
     optimizer = GatedGradClip(SGD(params, 1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4))
 
-    def task_loss() -> Tensor:
-        return F.cross_entropy(student(images), labels)
-
     def student_alone() -> None:
-        torch.autograd.grad(task_loss(), params)
+        torch.autograd.grad(F.cross_entropy(student(images), labels), params)
 
     def floor() -> None:
         teacher(images)
-        task = task_loss()
+        task = F.cross_entropy(student(images), labels)
         torch.autograd.grad(task, params, retain_graph=True)
         torch.autograd.grad(task, params)
 
     def complete() -> None:
         teacher(images)
-        task = task_loss()
+        task = F.cross_entropy(student(images), labels)
         graphs = transfer(of_student.features, of_teacher.features)
         optimizer.zero_grad()
         optimizer.backward(task, graphs)
         optimizer.step()
 
-    tasks: Tasks = {
-        "input pipeline": lambda: next(stream),
-        "student alone": student_alone,
-        "teacher forward": lambda: teacher(images),
-        "floor": floor,
-        "complete": complete,
-        "optimizer step": optimizer.step,
-    }
-    seconds = paired_seconds(tasks, settings.repeats, settings.device)
-    ratios = [("complete", "floor"), ("complete", "student alone")]
-    ratios += [("input pipeline", "student alone")]
-    peaks = {name: peak_bytes(tasks[name], settings.device) for name in ("floor", "complete")}
+    tasks = {"student alone": student_alone, "floor": floor, "complete": complete}
+    seconds = seconds_of({"teacher forward": lambda: teacher(images), **tasks}, settings)
+    peaks = {name: peak_bytes(task, settings.device) for name, task in tasks.items()}
     of_student.remove()
     of_teacher.remove()
     return {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        **{f"{a} / {b}": median_ratio(seconds[a], seconds[b]) for a, b in ratios},
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "complete / floor": ratio(seconds["complete"], seconds["floor"]),
+        "complete / student alone": ratio(seconds["complete"], seconds["student alone"]),
         "peak_bytes": peaks,
     }
 
 
-def measure_growth(settings: Settings) -> list[dict[str, Any]]:
-    """Return a row a batch size: the default (blocks of rows) and whole graphs, with backward."""
-    rows = []
-    for size in settings.samples:
-        forms = {"blocks": max(1, min(size // 4, 1024**2 // size)), "default": None}
-        forms |= {"plain": size} if size <= settings.plain_up_to else {}
-        draw = torch.Generator().manual_seed(0)
-        student, teacher = (
-            [torch.randn(size, c, generator=draw).to(settings.device) for c in CHANNELS]
-            for _ in range(2)
-        )
-        tasks = {}
-        for name, block_rows in forms.items():
-            loss = GraphTransferLoss(CHANNELS, block_rows=block_rows).to(settings.device)
-            tasks[name] = partial(loss_gradient, loss, student, teacher)
-        seconds = paired_seconds(tasks, settings.repeats, settings.device)
-        row: dict[str, Any] = {"samples": size, "block_rows": forms["blocks"]}
-        for name, task in tasks.items():
-            row[f"{name}_seconds"] = statistics.median(seconds[name])
-            row[f"{name}_bytes"] = peak_bytes(task, settings.device)
-        if "plain" in seconds:
-            row["blocks / plain"] = median_ratio(seconds["blocks"], seconds["plain"])
-        rows.append(row)
-    return rows
+def measure_growth(samples: int, settings: Settings) -> dict[str, Any]:
+    """Return seconds and bytes of the loss and its gradient: by default, and with whole graphs."""
+    torch.manual_seed(0)
+    student, teacher = (
+        [torch.randn(samples, c, device=settings.device) for c in CHANNELS] for _ in range(2)
+    )
+    inputs = [features.requires_grad_() for features in student]
+
+    def loss_gradient(loss: GraphTransferLoss) -> None:
+        torch.autograd.grad(loss(inputs, teacher), inputs)
+
+    forms = {"default": None} | ({"plain": samples} if samples <= settings.plain_up_to else {})
+    tasks = {
+        name: partial(loss_gradient, GraphTransferLoss(CHANNELS, block_rows=rows).to(student[0]))
+        for name, rows in forms.items()
+    }
+    row: dict[str, Any] = {"samples": samples}
+    for name, values in seconds_of(tasks, settings).items():
+        row[f"{name}_seconds"] = median(values)
+        row[f"{name}_bytes"] = peak_bytes(tasks[name], settings.device)
+    return row
 
 
-def loss_gradient(loss: GraphTransferLoss, student: list[Tensor], teacher: list[Tensor]) -> None:
-    """Compute a loss and its gradient."""
-    inputs = [features.detach().requires_grad_() for features in student]
-    torch.autograd.grad(loss(inputs, teacher), inputs)
+# Tables
 
 
 def tables(record: Mapping[str, Any]) -> str:
@@ -189,13 +341,13 @@ def tables(record: Mapping[str, Any]) -> str:
     for maps, rows in record.get("vectors", {}).items():
         found[f"Singular vectors, maps {KINDS[maps]}"] = pd.DataFrame(rows).set_index("method")
     if "step" in record:
-        pairs = pd.DataFrame({pair: flat(values) for pair, values in record["step"].items()}).T
-        found["A step"] = pairs
+        pairs = {pair: flat(values) for pair, values in record["step"].items()}
+        found["A step"] = pd.DataFrame(pairs).T
     if "growth" in record:
         found["Growth"] = pd.DataFrame(record["growth"]).set_index("samples")
     text = [f"{where}, medians of {rounds} rounds."]
     for title, lines in found.items():
-        shown = lines.drop(columns="seconds_of_points", errors="ignore")
+        shown = lines.drop(columns="seconds_of_points", errors="ignore")  # of older records
         for name in shown:
             if "seconds" in name:
                 shown[name] *= 1e3
@@ -231,32 +383,36 @@ def flat(values: Mapping[str, Any]) -> dict[str, float]:
     return parts
 
 
+def measure(part: Part, settings: Settings) -> Any:
+    """Return the measurements of a part."""
+    if part == "growth":
+        return [measure_growth(samples, settings) for samples in settings.samples]
+    pairs = trained_pairs(settings)
+    images, labels = (part[: settings.batch_size] for part in digits(settings))
+    if part == "step":
+        return {
+            f"{teacher.name} → {student.name}": measure_step(
+                teacher, student, images, labels, settings
+            )
+            for teacher, student in pairs
+        }
+    points = [point for pair in pairs for point in points_of(*pair, images)]
+    kinds = {"trained": points, "small gaps": [(small_gaps(t), small_gaps(s)) for t, s in points]}
+    return {kind: measure_vectors(maps, kind, settings) for kind, maps in kinds.items()}
+
+
 def main(settings: Settings) -> None:
     """Measure every part, and write and print its record."""
     torch.backends.cudnn.benchmark = True
     file = settings.out / "benchmark.jsonl"
-    data = digits(settings)
-    pairs = {}
-    if {"vectors", "step"} & set(settings.part):
-        pairs = {(t, s): (trained(t, data, settings), trained(s, data, settings)) for t, s in PAIRS}
+    about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     for part in dict.fromkeys(settings.part):
-        about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-        record: dict[str, Any] = {"settings": about, "versions": common.versions(settings.device)}
-        if part == "vectors":
-            images = data.normalize(data.train.images[: settings.batch_size])
-            points = [p for pair in pairs.values() for p in bench_vectors.points_of(*pair, images)]
-            record[part] = bench_vectors.measure(points, settings)
-        elif part == "step":
-            record[part] = {
-                " → ".join(names): measure_step(*pair, data, settings)
-                for names, pair in pairs.items()
-            }
-        else:
-            record[part] = measure_growth(settings)
+        record: dict[str, Any] = {part: measure(part, settings), "settings": about}
+        record["versions"] = common.versions(settings.device)
         kept = [other for other in common.read_records(file) if part not in other]
         common.write_records(file, [*kept, record])
         if part == "vectors":
-            bench_vectors.plot(record[part], file.with_suffix(".png"))
+            plot(record[part], file.with_suffix(".png"))
         print(tables(record))
     print(f"Numbers: {file}")
 

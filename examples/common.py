@@ -1,6 +1,6 @@
-"""What the four training scripts share: data on the device, augmentation, accuracy, record, plot.
+"""What the four training scripts share: settings, data on the device, accuracy, records, plot.
 
-The method is not here: its loops stand in the scripts.
+The method is not here: its training loops stand in the scripts.
 
 Axis letters: ``n`` image of a set, ``b`` sample, ``c`` channel, ``h w`` space.
 """
@@ -8,13 +8,13 @@ Axis letters: ``n`` image of a set, ``b`` sample, ``c`` channel, ``h w`` space.
 from __future__ import annotations
 
 import _codecs
-import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from einops import rearrange, repeat
+from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -50,52 +50,58 @@ CIFAR100_MD5 = "md5:eb9058c3a382ffc7106e4002c42a8d85"  # stated on the page of t
 TINY = "tiny-imagenet-200"
 TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
 TINY_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"  # of other libraries' loaders: none is stated
+CACHE = Path(pooch.os_cache("graph-kd"))  # folder of downloads and decoded images
 
-AT_LEAST = {"epochs": 1, "teacher_epochs": 0, "first_epochs": 0, "batch_size": 2, "classes": 2}
-AT_LEAST |= {"limit_per_class": 1, "num_heads": 1, "threads": 1, "seed": 0, "soft_share": 0}
-ABOVE_ZERO = ("bound", "learning_rate", "width", "student_width", "student_share")
-AT_MOST = {"width": 4, "student_width": 1, "student_share": 1, "soft_share": 1, "seed": 2**63 - 1}
+RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {  # for flags of all scripts
+    "≥ 0": (lambda value: value >= 0, ("teacher_epochs", "first_epochs")),
+    "≥ 1": (
+        lambda value: value >= 1,
+        ("epochs", "limit_per_class", "num_heads", "threads", "repeats", "steps", "head_steps",
+         "train_steps", "seeds"),
+    ),
+    "≥ 2": (lambda value: value >= 2, ("batch_size", "classes")),
+    "> 0 and finite": (lambda value: 0 < value < math.inf, ("bound", "learning_rate")),
+    "> 0 and ≤ 1": (lambda value: 0 < value <= 1, ("student_width", "student_share")),
+    "> 0 and ≤ 4": (lambda value: 0 < value <= 4, ("width",)),
+    "≥ 0 and ≤ 1": (lambda value: 0 <= value <= 1, ("soft_share",)),
+    "≥ 0 and < 2**63": (lambda value: 0 <= value < 2**63, ("seed",)),
+}  # fmt: skip
+
+
+def check(settings: Any) -> None:
+    """Refuse settings that are out of range, by the name of their flag."""
+    for rule, (holds, names) in RULES.items():
+        for name in names:
+            value = vars(settings).get(name)
+            if isinstance(value, int | float) and not holds(value):
+                raise ValueError(f"`--{name.replace('_', '-')}` must be {rule}; got {value}.")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Data, machine and seed; a script adds what the method needs. Each field is a flag."""
 
-    out: Path = Path("runs/one")  # folder of the run; the same command goes on with it
+    out: Path = Path("runs/one")  # folder of the run; the same command continues it
     data_dir: Path | None = None  # folder or archive of the data set; else it is downloaded
-    data_name: str | None = None  # what to call it, if it is another one in the same layout
+    data_name: str | None = None  # name of the data in records
     classes: int | None = None  # only the first N classes
     limit_per_class: int | None = None  # only the first N training images of each class
-    split: Literal["test", "dev"] = "test"  # measure on test images, or on a tenth of the training
+    split: Literal["test", "dev"] = "test"  # dev: measure on a tenth of the training images
     batch_size: int = 128  # images a step, of all processes
-    seed: int = 0  # of weights, order and augmentation
+    seed: int = 0  # of weights, order of images and augmentation
     amp: Literal["none", "bfloat16"] = "none"  # precision of the networks
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     threads: int | None = None  # CPU threads of torch
 
     def __post_init__(self) -> None:
-        if getattr(self, "teacher_epochs", 1) is None:  # as many as a student's
-            object.__setattr__(self, "teacher_epochs", getattr(self, "epochs", None))
-        for name, value in vars(self).items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, int | float):
-                if name in AT_LEAST and not value >= AT_LEAST[name]:
-                    raise ValueError(f"`{flag}` must be ≥ {AT_LEAST[name]}; got {value}.")
-                if name in ABOVE_ZERO and not 0 < value < math.inf:
-                    raise ValueError(f"`{flag}` must be > 0 and finite; got {value}.")
-                if name in AT_MOST and value > AT_MOST[name]:
-                    raise ValueError(f"`{flag}` must be ≤ {AT_MOST[name]}; got {value}.")
-        try:
-            torch.empty(0, device=self.device).cpu()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if vars(self).get("teacher_epochs", 0) is None:
+            object.__setattr__(self, "teacher_epochs", vars(self)["epochs"])
+        check(self)
+        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.device == "cuda" and gpus < local:
             raise ValueError(
-                f"`--device` must be a device of this machine, as cpu; got {self.device}."
-            ) from error
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if self.device == "cuda" and torch.cuda.device_count() < here:
-            raise ValueError(
-                f"`--device` must be cpu, or cuda with a GPU for each of {here} processes; "
-                f"got cuda and {torch.cuda.device_count()} GPUs."
+                f"`--device cuda` must have a GPU for each of {local} processes; got {gpus}. Start "
+                "fewer processes, or take `--device cpu`."
             )
         if self.batch_size % num_processes():
             raise ValueError(
@@ -105,14 +111,13 @@ class Settings:
 
     def autocast(self) -> torch.autocast:
         """Return the context of a network's forward pass."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.amp == "bfloat16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.amp == "bfloat16")
 
 
 def command(main: Callable[[S], object], settings: type[S], description: str | None) -> None:
-    """Parse the flags and run; what a user can repair ends in one line.
+    """Parse the flags and run; an error that the user can repair ends in one line.
 
-    Under torchrun the processes form one group: over NCCL with a GPU each, else over gloo.
+    Under torchrun the processes form one group: over NCCL if there are GPUs, else over gloo.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -125,7 +130,7 @@ def command(main: Callable[[S], object], settings: type[S], description: str | N
             torch.set_num_threads(threads)
         main(parsed)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
     finally:
         if process_group() is not None:
             dist.destroy_process_group()
@@ -161,14 +166,14 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def place(network: M, settings: Settings) -> M:
-    """Return the network on its device; among several GPUs batch norm sees the whole batch."""
-    if num_processes() > 1 and torch.device(settings.device).type == "cuda":
+    """Return the network on its device; on several GPUs batch norm sees the whole batch."""
+    if num_processes() > 1 and settings.device == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return network.to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return] # torch's own overloads leave it out
 
 
 def step_decay(optimizer: Optimizer, epochs: int) -> MultiStepLR:
-    """Return the authors' schedule: times 0.1 at 30, 60 and 80 % of the epochs."""
+    """Return the schedule of the authors' program: times 0.1 at 30, 60 and 80 % of the epochs."""
     return MultiStepLR(optimizer, [max(1, round(epochs * part)) for part in (0.3, 0.6, 0.8)])
 
 
@@ -183,7 +188,7 @@ def soft_logits(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> T
 
 
 class DivergedError(RuntimeError):
-    """A loss is not finite any more."""
+    """A loss is no longer finite."""
 
 
 def finite(loss: Tensor) -> Tensor:
@@ -198,23 +203,17 @@ def finite(loss: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of a split.
-
-    Args:
-        images: Pixels, uint8 ``n c h w``.
-        labels: Classes, int64 ``n``.
-    """
+    """Images ``n c h w`` and their classes, int64 ``n``."""
 
     images: Tensor
     labels: Tensor
 
     def places(self) -> Tensor:
         """Return each image's place among those of its class, in stored order."""
-        order = self.labels.argsort(stable=True)
-        counts = torch.bincount(self.labels)
-        first = (counts.cumsum(0) - counts)[self.labels[order]]
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device) - first
+        places = torch.empty_like(self.labels)
+        for label in range(int(self.labels.max()) + 1):
+            of_class = self.labels == label
+            places[of_class] = torch.arange(int(of_class.sum()), device=places.device)
         return places
 
     def keep(self, chosen: Tensor) -> ImageSet:
@@ -229,10 +228,10 @@ class Data:
     Args:
         train: Images to learn from.
         test: Images to measure on.
-        classes: Classes. Count.
+        classes: Number of classes.
         batch_size: Images a step, of all processes.
         digest: Checksum of both sets, for records.
-        mean, std: Of each channel over the training pixels, ``c 1 1``.
+        mean, std: Of each channel over the training pixels, ``1 c 1 1``.
     """
 
     train: ImageSet
@@ -245,9 +244,8 @@ class Data:
 
     def share(self, share: float) -> Data:
         """Return the first ``share`` of the training images of each class, rounded up."""
-        counts = torch.bincount(self.train.labels, minlength=self.classes).double()
-        wanted = (share * counts - 1e-6).ceil()[self.train.labels]  # 0.07 · 100 exceeds 7
-        return replace(self, train=self.train.keep(self.train.places() < wanted))
+        wanted = share * torch.bincount(self.train.labels) - 1e-6  # 0.07 · 100 exceeds 7
+        return replace(self, train=self.train.keep(self.train.places() < wanted[self.train.labels]))
 
     def batches(self, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch of augmented batches, shuffled, without the last incomplete one.
@@ -272,17 +270,23 @@ class Data:
 
 
 def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, ImageSet]]) -> Data:
-    """Return the data that the settings name.
+    """Return the data that the settings name, on the device.
 
-    ``split="dev"`` measures on every tenth training image of a class, which is then not learnt.
+    ``split="dev"`` measures on every tenth training image of a class and learns from the others.
     """
-    train, test = read(settings.data_dir)
-    classes = int(train.labels.max()) + 1
-    if settings.classes is not None:
-        if settings.classes > classes:
-            raise ValueError(f"`--classes` must be ≤ {classes}; got {settings.classes}.")
-        classes = settings.classes
-        train, test = (part.keep(part.labels < classes) for part in (train, test))
+    try:
+        train, test = read(settings.data_dir)
+    except Exception as error:  # damaged archives, pickles and images raise nearly anything
+        raise ValueError(
+            f"`--data-dir` must be or contain the whole data set; got {settings.data_dir} "
+            f"({type(error).__name__}: {error}). Get it again and pass its path, or leave the flag "
+            "out to download it."
+        ) from error
+    found = int(train.labels.max()) + 1
+    classes = settings.classes or found
+    if classes > found:
+        raise ValueError(f"`--classes` must be ≤ {found}; got {classes}.")
+    train, test = (part.keep(part.labels < classes) for part in (train, test))
     if settings.split == "dev":
         held = train.places() % 10 == 9
         train, test = train.keep(~held), train.keep(held)
@@ -293,75 +297,40 @@ def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, Image
     digest = 0
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest = zlib.crc32(tensor.contiguous().numpy().tobytes(), digest)
-    mean, std = moments(train.images)
     train, test = (
         ImageSet(part.images.to(settings.device), part.labels.to(settings.device))
         for part in (train, test)
     )
-    mean, std = mean.to(settings.device), std.to(settings.device)
+    some = train.images[:: 1 + len(train.images) // 10_000].float()  # all may not fit in memory
+    std, mean = torch.std_mean(some, dim=(0, 2, 3), correction=0, keepdim=True)
+    std = std.clamp_min(1)  # a constant channel becomes zero
     return Data(train, test, classes, settings.batch_size, digest, mean, std)
 
 
-def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel, ``c 1 1``; exact, from a histogram."""
-    channels = (rearrange(c, "n h w -> (n h w)") for c in images.unbind(dim=1))
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
-    share = counts.double() / counts[0].sum()
-    level = torch.arange(256, dtype=torch.float64)
-    mean = (share * level).sum(dim=1, keepdim=True)
-    std = (share * (level - mean).square()).sum(dim=1, keepdim=True).sqrt()
-    if not bool((std > 0).all()):
-        raise ValueError("The training images must vary in every channel; some are constant.")
-    return rearrange(mean, "c 1 -> c 1 1").float(), rearrange(std, "c 1 -> c 1 1").float()
-
-
 def random_crop_flip(images: Tensor, order: torch.Generator, padding: int = 4) -> Tensor:
-    """Pad each image by reflection, crop it at random to its size, mirror it or not.
-
-    The padded images are never built: each output pixel is looked up where it comes from.
+    """Pad each image by reflection, crop it at random to its size, and flip half of them.
 
     Shape:
         - images: ``b c h w``
-        - returns: ``b c h w``, same dtype
+        - returns: ``b c h w``, float32
     """
-    b, c, h, w = images.shape
-    corner = torch.randint(-padding, padding + 1, (2, b, 1), generator=order)
-    mirror = torch.randint(2, (1, b, 1), generator=order)
+    b, _, h, w = images.shape
+    corner = torch.randint(2 * padding + 1, (2, b), generator=order)
+    mirror = torch.randint(2, (1, b), generator=order)
     top, left, flip = torch.cat([corner, mirror]).to(images.device, non_blocking=True)
-    column = torch.arange(w, device=images.device)
-    rows = reflect(top + torch.arange(h, device=images.device), h)
-    columns = reflect(left + torch.where(flip.bool(), column.flip(0), column), w)
-    position = rearrange(rows * w, "b h -> b h 1") + rearrange(columns, "b w -> b 1 w")
-    pixels = rearrange(images, "b c h w -> b c (h w)")
-    drawn = pixels.gather(2, repeat(position, "b h w -> b c (h w)", c=c))
-    return rearrange(drawn, "b c (h w) -> b c h w", h=h)
-
-
-def reflect(position: Tensor, size: int) -> Tensor:
-    """Fold positions outside 0 to ``size`` - 1 back inside, without repeating the border."""
-    last = size - 1
-    return last - (last - position.abs()).abs()
-
-
-def cache() -> Path:
-    """Return the folder of downloads and decoded images."""
-    folder: Path = pooch.os_cache("graph-kd")
-    return folder
+    padded = F.pad(images.float(), [padding] * 4, mode="reflect")
+    windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # b c top left h w
+    crops = windows[torch.arange(b, device=images.device), :, top, left]
+    return torch.where(rearrange(flip.bool(), "b -> b 1 1 1"), crops.flip(3), crops)
 
 
 def download(url: str, md5: str, **options: Any) -> Any:
     """Return what pooch has of a file, checked; it is downloaded once."""
-    try:
-        return pooch.retrieve(url, md5, Path(url).name, cache(), progressbar=True, **options)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(
-            f"{url} could not be downloaded to {cache()} ({type(error).__name__}: {error}). Get it "
-            "elsewhere and pass its path with `--data-dir`."
-        ) from error
+    return pooch.retrieve(url, md5, Path(url).name, CACHE, progressbar=True, **options)
 
 
 class CifarUnpickler(pickle.Unpickler):
-    """Unpickle arrays and plain types, and import nothing else that a file names."""
+    """Unpickle arrays and plain types; refuse everything else, so that no foreign code runs."""
 
     known = {  # noqa: RUF012 # read only
         ("_codecs", "encode"): _codecs.encode,  # bytes as Python 3 wrote them in protocol 2
@@ -386,35 +355,14 @@ def read_cifar100(path: Path | None) -> tuple[ImageSet, ImageSet]:
             archive, which is read in place. None downloads it once.
     """
     path = Path(download(CIFAR100_URL, CIFAR100_MD5)) if path is None else path
-    choices = (path, path / CIFAR100, path / f"{CIFAR100}.tar.gz")
-    found = [p for p in choices if (p / "train").is_file() or p.is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"`--data-dir` must be or contain {CIFAR100}[.tar.gz]; got {path}. Leave it out to "
-            "download CIFAR-100."
-        )
-    source = found[0]
-    try:
-        if source.is_dir():
-            files = {split: (source / split).read_bytes() for split in ("train", "test")}
-        else:
-            with tarfile.open(source) as archive:
-                files = {s: extracted(archive, f"{CIFAR100}/{s}") for s in ("train", "test")}
-        train, test = (cifar_split(content) for content in files.values())
-    except Exception as error:  # damaged archives and pickles raise nearly anything
-        raise ValueError(
-            f"`{source}` must hold whole CIFAR-100 files; got {type(error).__name__}: {error}. "
-            "Get it again."
-        ) from error
-    return train, test
-
-
-def extracted(archive: tarfile.TarFile, name: str) -> bytes:
-    """Return the content of a regular file of an archive."""
-    file = archive.extractfile(name)
-    if file is None:
-        raise ValueError(f"{name} is no regular file")
-    return file.read()
+    for folder in (path, path / CIFAR100):
+        if (folder / "train").is_file():
+            train, test = ((folder / split).read_bytes() for split in ("train", "test"))
+            return cifar_split(train), cifar_split(test)
+    with tarfile.open(path / f"{CIFAR100}.tar.gz" if path.is_dir() else path) as archive:
+        files = (archive.extractfile(f"{CIFAR100}/{split}") for split in ("train", "test"))
+        train, test = (file.read() for file in files if file is not None)
+    return cifar_split(train), cifar_split(test)
 
 
 def cifar_split(content: bytes) -> ImageSet:
@@ -440,49 +388,38 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
         path: A folder that is or contains ``tiny-imagenet-200``. None downloads it once.
     """
     if path is None:
-        path = Path(download(TINY_URL, TINY_MD5, processor=pooch.Unzip())[0])
-        path = next(p for p in path.parents if (p / "wnids.txt").is_file())
-    found = [p for p in (path, path / TINY) if (p / "wnids.txt").is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"`--data-dir` must be or contain the folder {TINY}, with wnids.txt; got {path}. "
-            "Unpack the archive, or leave the flag out to download the data set."
-        )
-    root = found[0]
+        path = Path(os.path.commonpath(download(TINY_URL, TINY_MD5, processor=pooch.Unzip())))
+    root = path / TINY if (path / TINY).is_dir() else path
     label_of = {wnid: n for n, wnid in enumerate((root / "wnids.txt").read_text().split())}
-    splits = [tiny_labels(root, split, label_of) for split in ("train", "val")]
+    splits = [tiny_labels(root / split, label_of) for split in ("train", "val")]
     listing = "".join(f"{file} {file.stat().st_size}\n" for split in splits for file in split)
-    kept = cache() / f"{TINY}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.pt"
-    if not kept.exists():
+    kept = CACHE / f"{TINY}-{zlib.crc32(listing.encode()):08x}.pt"
+    if is_main() and not kept.exists():
         images = [torch.stack([decoded(file) for file in tqdm(split)]) for split in splits]
-        save_atomically(kept, {"train": images[0], "val": images[1]})
-    pixels = read_tensors(kept, "to decode the images again")
-    train, val = (
-        ImageSet(pixels[name], torch.tensor(list(split.values())))
-        for name, split in zip(("train", "val"), splits, strict=True)
-    )
+        save_atomically(kept, {"images": images})
+    sum_over_processes(torch.zeros(1))  # the other processes wait here
+    images = read_tensors(kept, "to decode the images again")["images"]
+    labels = [torch.tensor(list(split.values())) for split in splits]
+    train, val = map(ImageSet, images, labels)
     return train, val
 
 
-def tiny_labels(root: Path, split: str, label_of: Mapping[str, int]) -> dict[Path, int]:
-    """Return the label of each image of a split, class by class."""
-    wnid_of = {}
-    if (notes := root / split / "val_annotations.txt").is_file():
-        for line in notes.read_text().splitlines():
-            file, wnid, *_ = line.split("\t")
-            wnid_of[root / split / "images" / file] = wnid
-    else:
-        for wnid in label_of:
-            folder = root / split / wnid
-            images = folder / "images" if (folder / "images").is_dir() else folder
-            wnid_of |= dict.fromkeys(images.glob("[!.]*.JPEG"), wnid)
-    wrong = [file for file, wnid in wnid_of.items() if wnid not in label_of or not file.is_file()]
-    if wrong or set(wnid_of.values()) != set(label_of):
-        raise ValueError(
-            f"`{root / split}` must hold images of each class of wnids.txt and no others; got "
-            f"{wrong[0] if wrong else 'none of some classes'}. Unpack the data set again."
-        )
-    labels = {file: label_of[wnid] for file, wnid in wnid_of.items()}
+def tiny_labels(folder: Path, label_of: Mapping[str, int]) -> dict[Path, int]:
+    """Return the label of each image of a split, class by class.
+
+    Images stand in a folder for each class, or ``val_annotations.txt`` names their classes.
+    """
+    notes = folder / "val_annotations.txt"
+    lines = notes.read_text().splitlines() if notes.is_file() else []
+    wnid_of = dict(line.split("\t")[:2] for line in lines)
+    labels = {
+        file: label_of.get(wnid_of.get(file.name, file.relative_to(folder).parts[0]), -1)
+        for file in folder.rglob("[!.]*.JPEG")
+    }
+    missing = wnid_of.keys() - {file.name for file in labels}
+    if missing or set(labels.values()) != set(label_of.values()):
+        wrong = f"no {min(missing)}" if missing else "not the classes of wnids.txt"
+        raise ValueError(f"{folder} has {wrong}")
     # Shorter names first: 9.JPEG before 10.JPEG.
     return dict(sorted(labels.items(), key=lambda x: (x[1], len(x[0].name), x[0].name)))
 
@@ -492,13 +429,10 @@ def decoded(file: Path) -> Tensor:
     try:
         with Image.open(file, formats=["JPEG"]) as image:
             pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # a damaged image can raise nearly anything
-        raise ValueError(
-            f"`{file}` must be a whole JPEG; got {type(error).__name__}: {error}. Unpack the data "
-            "set again."
-        ) from error
+    except OSError as error:
+        raise OSError(f"{file}: {error}") from error
     if pixels.shape != (64, 64, 3):
-        raise ValueError(f"`{file}` must have 64×64 pixels; got shape {pixels.shape}.")
+        raise ValueError(f"{file} has shape {pixels.shape}")
     return torch.from_numpy(rearrange(pixels, "h w c -> c h w").copy())
 
 
@@ -517,18 +451,33 @@ def accuracy(network: nn.Module, data: Data, settings: Settings) -> float:
 # Records
 
 
+def dependencies(method: str) -> list[str]:
+    """Return the settings, beside those of `Settings`, that a network of the scripts depends on.
+
+    A change of any other setting does not train it again.
+    """
+    if method == "teacher":
+        return ["teacher_epochs"]
+    if method == "heads":
+        return ["teacher_epochs", "first_epochs", "student_share", "num_heads"]
+    names = ["epochs", "student_share", "student_width"]
+    if method != "student":
+        names += ["teacher_epochs", "first_epochs", "num_heads", "gate", "bound"]
+    return [*names, "soft_share"] if "soft-logits" in method else names
+
+
 class Run:
     """The training of one network: a checkpoint after each epoch, a record at the end.
 
-    The checkpoint is a file of its own in ``OUT/networks``, named after a digest of all that makes
-    the network what it is: other settings are another file. A finished network is loaded and not
+    The checkpoint is a file of its own in ``OUT/networks``, named after a digest of all settings
+    that the network depends on: other settings are another file. A finished network is loaded, not
     trained again. Its record goes to ``OUT/records.jsonl``.
 
     Args:
         settings: Of the script.
         data: What it learns from.
         method: What trains it, as "teacher" or "mhgd".
-        uses: Names of the settings that it depends on beside those of `Settings`.
+        uses: The settings that it depends on; None takes those of `dependencies`.
         **networks: Their names, as ``teacher="VGG16"``.
 
     Attributes:
@@ -537,10 +486,16 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, data: Data, method: str, uses: Sequence[str], **networks: str
+        self,
+        settings: Settings,
+        data: Data,
+        method: str,
+        uses: Sequence[str] | None = None,
+        **networks: str,
     ) -> None:
         always = ("seed", "batch_size", "learning_rate", "width", "amp", "split")
-        cell = {name: getattr(settings, name) for name in (*always, *uses)}
+        names = (*always, *(dependencies(method) if uses is None else uses))
+        cell: dict[str, Any] = {name: getattr(settings, name) for name in names}
         cell |= {"method": method, "classes": data.classes, "images": data.digest, **networks}
         cell["data"] = settings.data_name
         key = zlib.crc32(json.dumps(cell, sort_keys=True).encode())
@@ -550,21 +505,18 @@ class Run:
         self.saved: dict[str, Any] = {"phase": None}
         if self.file.exists():
             self.saved = read_tensors(self.file, "to train it again")
-        self.record: dict[str, Any] = self.saved.get("record") or {
-            "settings": cell,
-            "versions": versions(settings.device),
-            "phases": {},
-            "seconds": {},
-        }
+        new = {"settings": cell, "versions": versions(settings.device), "phases": {}, "seconds": {}}
+        self.record: dict[str, Any] = self.saved.get("record", new)
 
     def epochs(self, phase: str, count: int, **parts: Any) -> Iterator[int]:
-        """Yield the epochs of a phase that are left, and write a checkpoint after each.
+        """Yield the remaining epochs of a phase, and write a checkpoint after each.
 
         Args:
             phase: Its name in the record.
             count: Epochs in all.
-            **parts: What the phase changes: "model", the optimizer and so on.
+            **parts: What the phase changes: "model", "optimizer" and so on.
         """
+        self.phase, self.optimizer = phase, parts["optimizer"]
         epochs = self.record["phases"].setdefault(phase, [])
         self.order.manual_seed(self.seed)
         if self.saved["phase"] == phase:
@@ -581,46 +533,40 @@ class Run:
             seconds = self.record["seconds"].get(phase, 0.0) + time.perf_counter() - started
             self.record["seconds"][phase] = round(seconds, 3)
             states = {name: part.state_dict() for name, part in parts.items()}
-            self.save({"phase": phase, "parts": states, "order": self.order.get_state()})
+            state = {"phase": phase, "parts": states, "order": self.order.get_state()}
+            if is_main():
+                save_atomically(self.file, {**state, "record": self.record})
             bar.set_postfix(epochs[-1])
 
-    def log(self, phase: str, losses: Iterable[Sequence[Tensor]], **values: float) -> None:
+    def log(self, losses: Iterable[Sequence[Tensor]], **measured: float) -> None:
         """Add an epoch to the record.
 
         Args:
-            phase: Its name.
             losses: Of each step the loss and, if there is one, the transfer loss.
-            **values: What else is to be recorded.
+            **measured: What else to record, as ``test_accuracy``.
         """
         rows = torch.stack([torch.stack(list(row)).detach().float() for row in losses])
-        means = sum_over_processes(rows.mean(dim=0)) / num_processes()
-        finite(means)
-        named = zip(("loss", "transfer_loss"), means.tolist(), strict=False)
-        epochs = self.record["phases"][phase]
-        epochs.append({"epoch": len(epochs) + 1, **{k: round(v, 5) for k, v in named}, **values})
+        means = finite(sum_over_processes(rows.mean(dim=0)) / num_processes()).tolist()
+        named = zip(("loss", "transfer_loss"), means, strict=False)
+        epochs = self.record["phases"][self.phase]
+        epoch = {"epoch": len(epochs) + 1, **{name: round(mean, 5) for name, mean in named}}
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        epochs.append({**epoch, "learning_rate": rate, **measured})
 
-    def finish(self, model: nn.Module) -> dict[str, Any]:
-        """Keep the trained network, add its record to the others, and return the record.
+    def finish(self) -> dict[str, Any]:
+        """Add the record to the others, and return it.
 
         The result is the accuracy after the last epoch; the best one is for comparison.
         """
-        if "finished" not in self.saved:
-            *_, (phase, epochs) = self.record["phases"].items()
-            measured = [e["test_accuracy"] for e in epochs if "test_accuracy" in e]
-            if measured:
-                self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
-            parts = {"model": model.state_dict()}
-            order = self.order.get_state()
-            self.save({"phase": phase, "parts": parts, "order": order, "finished": True})
-        others = read_records(self.records)
-        if is_main() and self.record not in others:
-            write_records(self.records, [*others, self.record])
-        return self.record
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all."""
+        *_, epochs = self.record["phases"].values()
+        measured = [epoch["test_accuracy"] for epoch in epochs if "test_accuracy" in epoch]
+        if measured:
+            self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
         if is_main():
-            save_atomically(self.file, {**state, "record": self.record})
+            records = {str(record["settings"]): record for record in read_records(self.records)}
+            records[str(self.record["settings"])] = self.record
+            write_records(self.records, records.values())
+        return self.record
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -636,8 +582,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_atomically(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain types."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
 
@@ -676,14 +621,14 @@ def versions(device: str) -> dict[str, str]:
         hardware = torch.cuda.get_device_name(device)
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        named = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+        hardware = named[1] if named else platform.machine()
+        hardware += f", {torch.get_num_threads()} threads"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*"]
     try:
-        commit = subprocess.run(
-            [*describe, "--dirty=+", "--exclude=*"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = [*git, "--abbrev=12", "--dirty=+"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "none"
     return {
@@ -695,35 +640,28 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def plot_curves(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draw accuracies over epochs by name."""
+def report(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print the accuracy of each network after its last epoch, and draw all epochs."""
+    if not is_main():
+        return
     figure = Figure(figsize=(6.5, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, label=f"{name}: {values[-1]:.1f} %")
+    for record in records:
+        if "accuracy" not in record:  # a teacher that stays untrained
+            continue
+        *_, epochs = record["phases"].values()
+        line = f"{record['settings']['method']:20} {record['accuracy']:6.2f} %"
+        print(line)
+        curve = [epoch["test_accuracy"] for epoch in epochs]
+        axes.plot(range(1, len(curve) + 1), curve, label=line)
     axes.set(xlabel="epoch", ylabel="accuracy, %", title="Accuracy (last epoch named)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, out / "curves.png")
+    print(f"Records, curves and networks: {out}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture."""
     figure.savefig(picture := io.BytesIO(), format="png", dpi=110)
     write_atomically(path, picture.getvalue())
-
-
-def report(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print the accuracy of each network after its last epoch, and draw all epochs."""
-    if not is_main():
-        return
-    curves = {}
-    for record in records:
-        if "accuracy" not in record:  # a teacher that stays untrained
-            continue
-        method = record["settings"]["method"]
-        *_, epochs = record["phases"].values()
-        curves[method] = [epoch["test_accuracy"] for epoch in epochs]
-        print(f"{method:20} {record['accuracy']:6.2f} %")
-    plot_curves(out / "curves.png", curves)
-    print(f"Records, curves and networks: {out}")

@@ -21,17 +21,17 @@ from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-MOST_WIDTH = 4.0  # a larger factor is taken for a slip
+MOST_WIDTH = 4.0  # a larger factor is likely a mistake
 VGG_CHANNELS, VGG_HIDDEN = (64, 128, 256, 512, 512), 1024
 STAGE_CHANNELS = (64, 128, 256)  # of all others
 
 
 class Network(nn.Sequential):
-    """A network that names its sensing points: parts one after another, "stages" among them.
+    """A network that names its sensing points: parts in sequence, "stages" among them.
 
     Attributes:
         name: The architecture, as "VGG16".
-        channels: Channels at the sensing points, the outputs of the stages, front to back.
+        channels: Channels at the sensing points, which are the outputs of the stages, in order.
         sensing_points: Names of the stages, for `FeatureHooks`.
         embedding: Submodule whose output, ``b c``, the last layer turns into logits.
 
@@ -50,7 +50,7 @@ class Network(nn.Sequential):
         self.sensing_points = tuple(f"stages.{stage}" for stage in range(len(channels)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits; images of another size, which a pooling would hide, are refused."""
+        """Return the logits; refuse images of another size, which pooling would hide."""
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
@@ -66,26 +66,25 @@ def vgg(
 ) -> Network:
     """Return a VGG: five stages of 3×3 convolutions, hidden layers and a classifier.
 
-    A stage ends in 2×2 max pooling, the fourth on 64×64 images only. Batch norm between convolution
-    and ReLU is ours: the slides show none. Weights start as in torch's layers.
+    A stage ends in 2×2 max pooling; the fourth does so on 64×64 images only. Batch norm between
+    convolution and ReLU is ours: the slides show none. Weights start as in torch's layers.
     """
     *channels, hidden = scaled((*VGG_CHANNELS, VGG_HIDDEN), width)
     stages, incoming = nn.Sequential(), 3
-    for stage, (count, outgoing) in enumerate(zip(convs, channels, strict=True)):
-        layers: list[nn.Module] = []
+    for place, (count, outgoing) in enumerate(zip(convs, channels, strict=True)):
+        stage = nn.Sequential()
         for _ in range(count):
-            conv = nn.Conv2d(incoming, outgoing, kernel_size=3, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(outgoing), nn.ReLU()]
+            stage.extend([convolution(incoming, outgoing), *norm_relu(outgoing)])
             incoming = outgoing
-        if stage != 3 or image_size == 64:
-            layers.append(nn.MaxPool2d(2))
-        stages.append(nn.Sequential(*layers))
-    layers, incoming = [Rearrange("b c h w -> b (c h w)")], incoming * 2 * 2
+        if place != 3 or image_size == 64:
+            stage.append(nn.MaxPool2d(2))
+        stages.append(stage)
+    classifier, incoming = nn.Sequential(Rearrange("b c h w -> b (c h w)")), incoming * 2 * 2
     for _ in range(hidden_layers):
-        layers += [nn.Linear(incoming, hidden), nn.ReLU()]
+        classifier.extend([nn.Linear(incoming, hidden), nn.ReLU()])
         incoming = hidden
-    embedding = f"classifier.{len(layers) - 1}"
-    classifier = nn.Sequential(*layers, nn.Linear(incoming, classes))
+    embedding = f"classifier.{len(classifier) - 1}"
+    classifier.append(nn.Linear(incoming, classes))
     return Network(channels, embedding, image_size, stages=stages, classifier=classifier)
 
 
@@ -169,9 +168,8 @@ class WideBlock(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Return residual plus shortcut."""
         active = self.activate(feature)
-        shortcut = feature if self.shortcut is None else self.shortcut(active)
-        added: Tensor = self.residual(active) + shortcut
-        return added
+        added: Tensor = self.residual(active)
+        return added + (feature if self.shortcut is None else self.shortcut(active))
 
 
 def plain_block(incoming: int, channels: int, stride: int) -> nn.Module:
@@ -203,8 +201,8 @@ def norm_relu(channels: int) -> nn.Sequential:
 
 
 def draw_weights(module: nn.Module) -> None:
-    """Draw the start of one layer."""
-    if isinstance(module, nn.Conv2d):  # torch's own fan-out leaves out the groups
+    """Initialise one layer."""
+    if isinstance(module, nn.Conv2d):  # torch's own fan-out does not divide by the groups
         fan_out = module.out_channels * module.weight[0, 0].numel() // module.groups
         nn.init.normal_(module.weight, std=sqrt(2 / fan_out))
     elif isinstance(module, nn.Linear):
@@ -243,7 +241,7 @@ def build(name: str, classes: int, width: float = 1.0, image_size: int = 32) -> 
 
     Args:
         name: One of `NETWORKS`.
-        classes: Classes. Count.
+        classes: Number of classes.
         width: Factor on every channel count.
         image_size: Height and width of the images, 32 or 64 pixels.
 
@@ -259,12 +257,14 @@ def build(name: str, classes: int, width: float = 1.0, image_size: int = 32) -> 
     return network
 
 
-def multiply_adds(network: Network) -> int:
-    """Return those of convolutions and linear layers for one image; the network is on "meta"."""
-    images = torch.zeros(1, 3, network.image_size, network.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(images)
-    return int(counter.get_total_flops()) // 2
+def costs(name: str, classes: int, width: float, image_size: int) -> tuple[str, str, str]:
+    """Return channels at the sensing points, and millions of multiply-adds and of parameters."""
+    with torch.device("meta"), torch.no_grad():  # shapes alone
+        network = build(name, classes, width, image_size).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, image_size, image_size))
+    adds, weights = counter.get_total_flops() / 2, sum(p.numel() for p in network.parameters())
+    return ", ".join(map(str, network.channels)), f"{adds / 1e6:.1f}", f"{weights / 1e6:.3f}"
 
 
 def table(width: float = 1.0) -> str:
@@ -278,14 +278,10 @@ def table(width: float = 1.0) -> str:
         head += [f"{what}: CIFAR-100", "poster", "Tiny ImageNet"]
     rows = [head, ["---"] * len(head)]
     for name in NETWORKS:
-        with torch.device("meta"):  # shapes alone
-            networks = [build(name, 100, width, 32), build(name, 200, width, 64)]
-        row = [name, ", ".join(map(str, networks[0].channels))]
-        adds = [f"{multiply_adds(network) / 1e6:.1f}" for network in networks]
-        weights = [f"{sum(p.numel() for p in net.parameters()) / 1e6:.3f}" for net in networks]
-        for (cifar, tiny), poster in zip((adds, weights), POSTER.get(name, "––"), strict=True):
-            row += [cifar, poster, tiny]
-        rows.append(row)
+        channels, *cifar = costs(name, 100, width, 32)
+        _, *tiny = costs(name, 200, width, 64)
+        poster = POSTER.get(name, "––")
+        rows.append([name, channels, cifar[0], poster[0], tiny[0], cifar[1], poster[1], tiny[1]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -2,30 +2,30 @@
 
     python examples/own_heads.py --split dev --first-seed 100 --seeds 3
 
-Data, networks, schedule and optimizer are those of `quickstart.py`: two labels a class, the other
-images without. Each row changes one setting of the own heads (or of the paper's form). The control
-is an untrained teacher with heads trained on it as usual: a gain there would not come from what the
-teacher knows. Accuracy after the last step, per cent. One JSON line a student in `--out`.
+Data, networks and training are those of `quickstart.py`: two labels a class, the other images
+without labels. Each row changes one setting of the own heads, or takes the paper's form. The
+control is an untrained teacher with attention heads trained on it as usual: a gain there would not
+come from what the teacher knows. Accuracy after the last step, per cent. ``--out`` gets one JSON
+line a student.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import common
 import pandas as pd
-import quickstart as digits
+import quickstart
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
+from quickstart import CHANNELS, VGG
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
-from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
+from graph_kd import GraphTransferLoss
 
-HALF = tuple(channels // 2 for channels in digits.CHANNELS)
+HALF = tuple(channels // 2 for channels in CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Form:
 
 
 PLAIN = Form()
-EQUAL = replace(PLAIN, channels=digits.CHANNELS)
+EQUAL = replace(PLAIN, channels=CHANNELS)
 ROWS = {
     "half: alone": replace(PLAIN, method="alone"),
     "half: own heads": PLAIN,
@@ -79,78 +79,67 @@ class Config:
     render: bool = False  # print the table of `--out`, and train nothing
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "head_steps", "threads"):
-            if (got := getattr(self, name)) < 1:
-                raise ValueError(f"`--{name.replace('_', '-')}` must be ≥ 1; got {got}.")
+        common.check(self)
 
 
 def train_student(
-    form: Form,
-    teacher: digits.VGG,
-    trained: GraphTransferLoss,
-    few: digits.Digits,
-    train: digits.Digits,
-    seed: int,
-    settings: digits.Config,
-) -> digits.VGG:
-    """Train one student; ``trained`` holds the teacher's attention heads."""
+    form: Form, teacher: VGG, heads: GraphTransferLoss, seed: int, settings: quickstart.Config
+) -> float:
+    """Train one student with the teacher's attention heads; return its accuracy."""
+    train, measured = quickstart.load(settings.split)
+    few = quickstart.take_per_class(train, settings.labels, seed)
     torch.manual_seed(seed)
-    student = digits.VGG(1, form.channels)
-    transfer = GraphTransferLoss(
-        digits.CHANNELS,
-        student_channels=form.channels if form.method == "own heads" else None,
-        squash=form.squash,
-        k=form.k,
-    )
-    transfer.estimators = trained.estimators
+    student = VGG(1, form.channels)
+    own = form.channels if form.method == "own heads" else None
+    transfer = GraphTransferLoss(CHANNELS, student_channels=own, squash=form.squash, k=form.k)
+    transfer.estimators = heads.estimators
     if form.copied:
-        for own, theirs in zip(transfer.student_heads, transfer.estimators, strict=True):
-            own.load_state_dict(theirs.state_dict(), strict=False)  # θ and φ, not f1 and f2
-    rate = settings.student_rate
-    groups = [
-        {"params": list(student.parameters())},
-        {"params": list(transfer.student_heads.parameters()), "lr": form.head_rate * rate},
-    ]
-    inner, schedule = digits.sgd(groups, rate, settings.student_steps)
-    optimizer = GatedGradClip(inner, bound=form.bound)
-    of_student, of_teacher = (FeatureHooks(m, digits.SENSING_POINTS) for m in (student, teacher))
-    batches = zip(digits.batches(few, seed), digits.batches(train, seed), strict=False)
-    with of_student, of_teacher:
-        for (labelled, labels), (unlabelled, _) in islice(batches, settings.student_steps):
-            images = torch.cat([labelled, unlabelled])
-            task = F.cross_entropy(student(images)[: len(labels)], labels)
-            loss = None
-            if form.method != "alone":
-                with torch.no_grad():
-                    teacher(images)
-                loss = transfer(of_student.features, of_teacher.features)
-            optimizer.zero_grad()
-            optimizer.backward(task, loss)
-            optimizer.step()
-            schedule.step()
-    return student.eval()
+        for own_head, head in zip(transfer.student_heads, transfer.estimators, strict=True):
+            own_head.load_state_dict(head.state_dict(), strict=False)  # θ and φ, not f1 and f2
+    params: list[dict[str, Any]] = [{"params": student.parameters()}]
+    own_rate = form.head_rate * settings.student_rate
+    params += [{"params": transfer.student_heads.parameters(), "lr": own_rate}]
+    method = "alone" if form.method == "alone" else "MHGD"
+    quickstart.train_student(
+        method, student, teacher, transfer, few, train, seed, settings, params=params
+    )
+    return quickstart.accuracy(student, measured)
+
+
+def teachers_of(
+    seed: int, settings: quickstart.Config
+) -> dict[tuple[str, int], tuple[VGG, GraphTransferLoss]]:
+    """Return teacher and attention heads by "trained" or "untrained", and by k."""
+    train, _ = quickstart.load(settings.split)
+    torch.manual_seed(seed)
+    untrained = VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
+    of_kind = {"untrained": untrained, "trained": quickstart.train_teacher(train, seed, settings)}
+    return {
+        (kind, k): (teacher, quickstart.train_heads(teacher, train, seed, settings, k=k))
+        for kind, k in dict.fromkeys((form.teacher, form.k) for form in ROWS.values())
+        for teacher in [of_kind[kind]]
+    }
 
 
 def run(config: Config) -> None:
     """Train every row for every seed that has no record yet, and print the table."""
     records = common.read_records(config.out)
     done = {(record["row"], record["seed"]) for record in records}
-    train, measured = digits.load(config.split)
-    settings = digits.Config(
-        teacher_steps=config.steps, student_steps=config.steps, head_steps=config.head_steps
+    settings = quickstart.Config(
+        split=config.split,
+        teacher_steps=config.steps,
+        student_steps=config.steps,
+        head_steps=config.head_steps,
     )
     about = {"split": config.split, "steps": config.steps, "head_steps": config.head_steps}
     for seed in range(config.first_seed, config.first_seed + config.seeds):
-        if config.render or all((name, seed) in done for name in ROWS):
+        left = {name: form for name, form in ROWS.items() if (name, seed) not in done}
+        if config.render or not left:
             continue
-        few = digits.take_per_class(train, settings.labels, torch.Generator().manual_seed(seed))
-        teachers = teachers_of(train, seed, settings)
-        for name, form in tqdm(ROWS.items(), desc=f"seed {seed}"):
-            if (name, seed) in done:
-                continue
-            teacher, heads = teachers[form.teacher, form.k]
-            student = train_student(form, teacher, heads, few, train, seed, settings)
-            accuracy = digits.accuracy(student, measured)
+        teachers = teachers_of(seed, settings)
+        for name, form in tqdm(left.items(), f"seed {seed}"):
+            of_form = replace(settings, bound=form.bound)
+            accuracy = train_student(form, *teachers[form.teacher, form.k], seed, of_form)
             record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form), **about}
             records.append(record | {"versions": common.versions("cpu")})
             common.write_records(config.out, records)
@@ -182,23 +171,6 @@ def spread(values: pd.Series[float]) -> str:
     """Return mean ± standard deviation, and how many there are."""
     sd = f" ± {values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():.1f}{sd} ({len(values)})"
-
-
-def teachers_of(
-    train: digits.Digits, seed: int, settings: digits.Config
-) -> dict[tuple[str, int], tuple[digits.VGG, GraphTransferLoss]]:
-    """Return teacher and heads by "trained" or "untrained", and by k."""
-    bar = tqdm(disable=True)
-    torch.manual_seed(seed)
-    untrained = digits.VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
-    trained = digits.train_teacher(train, seed, settings, bar)
-    wanted = {(form.teacher, form.k) for form in ROWS.values()}
-    teachers: dict[tuple[str, int], tuple[digits.VGG, GraphTransferLoss]] = {}
-    for kind, k in wanted:
-        teacher = trained if kind == "trained" else untrained
-        heads = digits.train_heads(teacher, train, seed, settings, bar, k=k)
-        teachers[kind, k] = teacher, heads
-    return teachers
 
 
 if __name__ == "__main__":

@@ -30,14 +30,18 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
+# What is done to the graphs' logits: nothing in the poster, tanh in the authors' program. The other
+# methods divide them by the square root of the attention heads' width ("scaled").
+SQUASH: dict[Method, Literal["tanh"] | None]
+SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
 
 @dataclass(frozen=True)
 class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
-    data_name: str | None = "Tiny ImageNet"  # what records call the data
-    method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and forms of MHGD
+    data_name: str | None = "Tiny ImageNet"  # name of the data in records
+    method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher, 0 for an untrained one; else as a student's
     first_epochs: int = 40  # epochs of the attention heads before the student
@@ -46,8 +50,8 @@ class Settings(common.Settings):
     student_width: float = 1.0  # factor on a student's channels, times the width
     student_share: float = 1.0  # part of the teacher's images that the students learn from
     num_heads: int = 8  # attention heads
-    gate: Literal["norm", "sigmoid"] = "norm"  # how the transfer gradient is gated
-    bound: float = 1.0  # largest transfer norm, in task norms, late in training
+    gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
+    bound: float = 1.0  # largest norm of the transfer gradient, in norms of the task gradient
     soft_share: float = 0.3  # part of the soft logits in the task loss, for methods with them
 
 
@@ -57,7 +61,7 @@ def load(settings: Settings) -> Data:
 
 
 def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
-    """Return the two networks, teacher and student; a seed gives every student the same start."""
+    """Return new teacher and student; for one seed every student starts with the same weights."""
     torch.manual_seed(settings.seed)
     teacher = build("VGG16", data.classes, settings.width, image_size=64)
     torch.manual_seed(settings.seed)
@@ -67,9 +71,9 @@ def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
 
 
 def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
-    """Return the optimizer: SGD, in the wrapper that merges two gradients if there are two.
+    """Return SGD in the wrapper that merges two gradients behind the gate.
 
-    Among several processes it also averages them.
+    With one loss it is SGD alone. Among several processes it also averages the gradients.
     """
     sgd = SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     group = common.process_group()
@@ -80,35 +84,28 @@ def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
     """Train the teacher, or a student without one, on the task; return the record."""
-    if method == "teacher":
-        epochs, uses = settings.teacher_epochs, ["teacher_epochs"]
-        epochs = settings.epochs if epochs is None else epochs
-    else:
-        epochs, uses = settings.epochs, ["epochs", "student_share", "student_width"]
-    run = Run(settings, data, method, uses, **{method: network.name})
+    epochs = settings.epochs if method == "student" else settings.teacher_epochs or 0
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    parts = {"model": network, "optimizer": optimizer, "schedule": schedule}
-    for _ in run.epochs(method, epochs, **parts):
+    run = Run(settings, data, method, **{method: network.name})
+    for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
         for images, labels in data.batches(run.order):
             with settings.autocast():
-                logits = network(images)
-            task = F.cross_entropy(logits.float(), labels)
+                logits = network(images).float()
+            task = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             optimizer.backward(task)
             optimizer.step()
             losses.append([task.detach()])
-        rate = float(schedule.get_last_lr()[0])
+        run.log(losses, test_accuracy=common.accuracy(network, data, settings))
         schedule.step()
-        measured = common.accuracy(network, data, settings)
-        run.log(method, losses, learning_rate=rate, test_accuracy=measured)
-    return run.finish(network)
+    return run.finish()
 
 
 def train_heads(teacher: Network, data: Data, settings: Settings) -> GraphTransferLoss:
-    """Train the attention heads to tell the teacher's graphs; no student is there yet."""
+    """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
     heads = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
@@ -116,8 +113,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> GraphTransf
     # The authors' decay of the heads is 5e-4 |w|² without the usual half, hence twice 5e-4.
     params = heads.estimators.parameters()
     optimizer = SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    uses = ("teacher_epochs", "first_epochs", "student_share", "num_heads")
-    run = Run(settings, data, "heads", uses, teacher=teacher.name)
+    run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as of_teacher:
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
@@ -130,8 +126,8 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> GraphTransf
                 torch.autograd.backward(loss)
                 optimizer.step()
                 losses.append([loss.detach()])
-            run.log("heads", losses)
-    run.finish(heads)
+            run.log(losses)
+    run.finish()
     return heads
 
 
@@ -145,36 +141,29 @@ def train_student(
 ) -> dict[str, Any]:
     """Train the student on the task and, behind the gate, on the teacher's graphs.
 
-    ``method`` is a form of MHGD. "mhgd" is the poster's, "mhgd-tanh" the authors' program's; the
-    others divide the logits of the graphs by √D, give the student attention heads of its own, or
-    add soft logits to the task.
+    ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
+    give the student attention heads of its own, or add soft logits to the task.
     """
-    squash: Literal["tanh", "scaled"] | None = None
-    if method not in ("mhgd", "mhgd-soft-logits"):
-        squash = "tanh" if method == "mhgd-tanh" else "scaled"
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
         teacher.channels,
         settings.num_heads,
         student_channels=student.channels if "own-heads" in method else None,
-        squash=squash,
+        squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators.load_state_dict(heads.estimators.state_dict())
-    params = [*student.parameters(), *transfer.student_heads.parameters()]
-    optimizer = gated_sgd(params, settings)
+    transfer.estimators = heads.estimators
+    optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
-    parts = {"model": student, "optimizer": optimizer, "schedule": schedule}
-    parts["own_heads"] = transfer.student_heads
-    uses = ["epochs", "teacher_epochs", "first_epochs", "student_share", "student_width"]
-    uses += ["num_heads", "gate", "bound", *(["soft_share"] if "soft-logits" in method else [])]
-    run = Run(settings, data, method, uses, teacher=teacher.name, student=student.name)
+    parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}
+    parts |= {"optimizer": optimizer, "schedule": schedule}
+    run = Run(settings, data, method, teacher=teacher.name, student=student.name)
     teacher.eval().requires_grad_(False)
     of_student = FeatureHooks(student, SENSING_POINTS)
     of_teacher = FeatureHooks(teacher, SENSING_POINTS)
     for epoch in run.epochs("student", settings.epochs, **parts):
         student.train()
-        optimizer.bound = settings.bound / (1 + exp(-epoch))  # from a half to one times the bound
+        optimizer.bound = settings.bound / (1 + exp(-epoch))  # from half the bound to the bound
         losses = []
         for images, labels in data.batches(run.order):
             with settings.autocast():
@@ -187,16 +176,14 @@ def train_student(
                 task = (1 - settings.soft_share) * task + settings.soft_share * soft
             graphs = transfer(of_student.features, of_teacher.features)
             optimizer.zero_grad()
-            optimizer.backward(task, graphs)  # two gradients, the second scaled by the gate
+            optimizer.backward(task, graphs)  # two gradients; the gate limits the second
             optimizer.step()
             losses.append([task.detach(), graphs.detach()])
-        rate = float(schedule.get_last_lr()[0])
+        run.log(losses, test_accuracy=common.accuracy(student, data, settings))
         schedule.step()
-        measured = common.accuracy(student, data, settings)
-        run.log("student", losses, learning_rate=rate, test_accuracy=measured)
     of_student.remove()
     of_teacher.remove()
-    return run.finish(student)
+    return run.finish()
 
 
 def main(settings: Settings) -> None:

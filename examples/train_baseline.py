@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from math import exp
 from types import ModuleType
@@ -19,11 +19,9 @@ from torch.optim import SGD
 
 from graph_kd import FeatureHooks, GatedGradClip
 
-Losses = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
 
 class Distillation:
-    """Train a student by a method of `RECIPES`, with the optimizer and the points of a script.
+    """Train a student by a method of `RECIPES`, with a script's optimizer and sensing points.
 
     Args:
         method: Its name.
@@ -31,7 +29,7 @@ class Distillation:
         teacher: A trained network, or a new one where both learn.
         data: What the student learns from.
         settings: Of the run.
-        script: Where the sensing points and the optimizer are shown.
+        script: The script that shows the sensing points and the optimizer.
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class Distillation:
             raise ValueError(f"`--methods` must be student or MHGD under torchrun; got {method}.")
         self.recipe = RECIPES[method]
         self.student, self.teacher, self.data, self.script = student, teacher, data, script
-        self.settings = replace(settings, gate="norm")  # of gated ones: no other form
+        self.settings = replace(settings, gate="norm")
         if method == "soft-logits":
             share = settings.soft_share
             self.recipe = replace(self.recipe, weight=share, task_weight=1 - share)
@@ -68,95 +66,77 @@ class Distillation:
 
     def train(self) -> dict[str, Any]:
         """Train the student and return its record."""
-        first, epochs = self.settings.first_epochs, self.settings.epochs
+        rate, first = self.settings.learning_rate, self.settings.first_epochs
         learning = [*self.student.parameters(), *self.module.parameters()]
         if self.recipe.schedule == "initialise":
-            rate = self.recipe.first_rate * self.settings.learning_rate
-            self.descend("initialise", first, self.loss_alone, self.optimizer(learning, rate))
-            learning, losses = list(self.student.parameters()), self.task_alone
-        else:
-            if self.recipe.schedule == "prepare":
-                self.prepare(first)
-            learning += self.teacher.parameters() if self.mutual else []
-            learning, losses = [p for p in learning if p.requires_grad], self.both
-        rate = self.settings.learning_rate
-        self.descend("student", epochs, losses, self.optimizer(learning, rate))
+            slow = self.recipe.first_rate * rate
+            self.descend("initialise", first, self.optimizer(learning, slow))
+            learning = list(self.student.parameters())
+        elif self.recipe.schedule == "prepare":
+            named = list(self.module.paraphraser.named_parameters())
+            # The program's decay is 5e-4 |w|² of the kernels, without the usual half.
+            kernels = {"params": [p for n, p in named if "bias" not in n], "weight_decay": 1e-3}
+            biases = {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}
+            sgd = SGD([kernels, biases], rate, momentum=0.9, nesterov=True)
+            self.descend("paraphraser", first, GatedGradClip(sgd))
+            self.module.paraphraser.requires_grad_(False)
+            learning = [p for p in learning if p.requires_grad]
+        elif self.mutual:
+            learning += self.teacher.parameters()
+        self.descend("student", self.settings.epochs, self.optimizer(learning, rate))
         for hooks in self.hooks.values():
             hooks.remove()
-        return self.run.finish(self.student)
+        return self.run.finish()
 
     def optimizer(self, params: Iterable[Tensor], rate: float) -> GatedGradClip:
-        """Return the script's optimizer with another rate."""
+        """Return the script's optimizer with another learning rate."""
         settings = replace(self.settings, learning_rate=rate)
         optimizer: GatedGradClip = self.script.gated_sgd(params, settings)
         return optimizer
 
-    def prepare(self, epochs: int) -> None:
-        """Train the paraphraser on the teacher alone."""
-        named = list(self.module.paraphraser.named_parameters())
-        # The program's decay is 5e-4 |w|² of the kernels, without the usual half.
-        kernels = {"params": [p for n, p in named if "bias" not in n], "weight_decay": 1e-3}
-        biases = {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}
-        rate = self.settings.learning_rate
-        sgd = SGD([kernels, biases], rate, momentum=0.9, nesterov=True)
-        self.descend("paraphraser", epochs, self.paraphraser_alone, GatedGradClip(sgd))
-        self.module.paraphraser.requires_grad_(False)
-
-    def descend(self, phase: str, epochs: int, losses: Losses, optimizer: GatedGradClip) -> None:
-        """Run a phase: steps on one loss, or on two of which the second is gated."""
-        parts: dict[str, Any] = {
-            "model": self.student,
-            "module": self.module,
-            "optimizer": optimizer,
-        }
+    def descend(self, phase: str, epochs: int, optimizer: GatedGradClip) -> None:
+        """Run a phase; only the student's lowers its learning rate and measures the accuracy."""
+        parts = {"model": self.student, "module": self.module, "optimizer": optimizer}
         parts |= {"teacher": self.teacher} if self.mutual else {}
-        measured = phase == "student"
-        if measured:
+        if phase == "student":
             parts["schedule"] = common.step_decay(optimizer, epochs)
         for epoch in self.run.epochs(phase, epochs, **parts):
             self.student.train()
             optimizer.bound = self.settings.bound / (1 + exp(-epoch))
             rows = []
             for images, labels in self.data.batches(self.run.order):
-                of_step = losses(images, labels)
+                losses = self.losses(phase, images, labels)
                 optimizer.zero_grad()
-                optimizer.backward(*of_step)
+                optimizer.backward(*losses)
                 optimizer.step()
-                rows.append([loss.detach() for loss in of_step])
-            values = {}
-            if measured:
-                values["learning_rate"] = parts["schedule"].get_last_lr()[0]
+                rows.append([loss.detach() for loss in losses])
+            if phase == "student":
+                measured = common.accuracy(self.student, self.data, self.settings)
+                self.run.log(rows, test_accuracy=measured)
                 parts["schedule"].step()
-                values["test_accuracy"] = common.accuracy(self.student, self.data, self.settings)
-            self.run.log(phase, rows, **values)
+            else:
+                self.run.log(rows)
+
+    def losses(self, phase: str, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss of a step, or the two of a gated method."""
+        if phase == "paraphraser":
+            return (self.module.paraphraser_loss(self.show(self.teacher, images).last_map.float()),)
+        of_student = self.show(self.student, images)
+        task = finite(F.cross_entropy(of_student.logits, labels))
+        if phase == "student" and self.recipe.schedule == "initialise":
+            return (task,)
+        of_teacher = self.show(self.teacher, images)
+        loss = self.recipe.loss(self.module, of_student, of_teacher)
+        if phase == "initialise":
+            return (loss,)
+        if self.mutual:
+            task = task + F.cross_entropy(of_teacher.logits, labels)
+        return (task, loss) if self.recipe.gated else (self.recipe.task_weight * task + loss,)
 
     def show(self, network: Network, images: Tensor) -> Outputs:
-        """Run a network and return what it shows of a batch."""
+        """Run a network and return its maps, embedding and logits."""
         learns = self.mutual or network is self.student
         with self.settings.autocast(), torch.set_grad_enabled(learns):
             logits = network(images).float()
         *maps, embedding = self.hooks[network].features
         return Outputs(maps, embedding, logits)
-
-    def loss_alone(self, images: Tensor, _labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the method's loss, for its first epochs."""
-        shown = [self.show(network, images) for network in (self.student, self.teacher)]
-        return (self.recipe.loss(self.module, *shown),)
-
-    def task_alone(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the task's loss."""
-        return (F.cross_entropy(self.show(self.student, images).logits, labels),)
-
-    def paraphraser_alone(self, images: Tensor, _labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss of factor transfer's first epochs."""
-        return (self.module.paraphraser_loss(self.show(self.teacher, images).last_map.float()),)
-
-    def both(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the sum of task and method, or the two if the second is gated."""
-        of_student = self.show(self.student, images)
-        of_teacher = self.show(self.teacher, images)
-        task = finite(F.cross_entropy(of_student.logits, labels))
-        if self.mutual:
-            task = task + F.cross_entropy(of_teacher.logits, labels)
-        loss = self.recipe.loss(self.module, of_student, of_teacher)
-        return (task, loss) if self.recipe.gated else (self.recipe.task_weight * task + loss,)

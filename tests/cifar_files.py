@@ -1,6 +1,7 @@
 """Write scikit-learn's digits, real images, in CIFAR-100's layout, as Python 2 pickled it."""
 
 import io
+import pickle
 import struct
 import tarfile
 
@@ -20,27 +21,20 @@ def digits(split):
     return large.reshape(len(large), -1), labels[chosen].tolist()
 
 
+class Python2Pickler(pickle._Pickler):
+    """Write text and bytes as Python 2 wrote its strings."""
+
+    def save_string(self, value):
+        content = value.encode() if isinstance(value, str) else value
+        self.write(b"T" + struct.pack("<i", len(content)) + content)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+
+
 def python2_pickle(entries):
-    """Pickle a dict as Python 2 did: protocol 2, str as bytes, NumPy's old module names."""
-
-    def text(value):
-        return b"T" + struct.pack("<i", len(value)) + value
-
-    def integer(value):
-        return b"J" + struct.pack("<i", value)
-
-    def encode(value):
-        if isinstance(value, list):
-            return b"](" + b"".join(map(integer, value)) + b"e"
-        head = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
-        dtype = b"cnumpy\ndtype\n" + text(b"u1") + integer(0) + integer(1) + b"\x87R("
-        dtype += integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
-        shape = b"".join(map(integer, value.shape)) + b"\x86"
-        head += integer(0) + b"\x85" + text(b"b") + b"\x87R("
-        return head + integer(1) + shape + dtype + b"\x89" + text(value.tobytes()) + b"tb"
-
-    pairs = b"".join(text(key.encode()) + encode(value) for key, value in entries.items())
-    return b"\x80\x02}(" + pairs + b"u."
+    """Pickle a dict in protocol 2, with NumPy's old module names."""
+    Python2Pickler(written := io.BytesIO(), protocol=2).dump(entries)
+    return written.getvalue().replace(b"numpy._core.", b"numpy.core.")
 
 
 def files(dumps=python2_pickle):
@@ -61,8 +55,5 @@ def write_folder(root, contents):
 
 def write_archive(path, contents):
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+        tar.add(write_folder(path.parent / "unpacked", contents) / PYTHON, PYTHON)
     return path

@@ -1,4 +1,4 @@
-"""Data, augmentation and records of the examples: what is read, drawn, kept and refused."""
+"""Data, augmentation and records of the examples: what is read, drawn, written and refused."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import cifar_files
 import common
 import numpy as np
 import pytest
+import tinyimagenet_vgg
 import torch
 from cifar_files import PYTHON, digits, write_archive, write_folder
 from common import Data, ImageSet, Run
@@ -26,7 +27,12 @@ def random_data(classes=3, per_class=20, batch_size=8, size=8):
     labels = torch.arange(classes).repeat(per_class)
     images = torch.randint(256, (len(labels), 3, size, size), generator=draw, dtype=torch.uint8)
     part = ImageSet(images, labels)
-    return Data(part, part, classes, batch_size, 0, *common.moments(images))
+    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), keepdim=True)
+    return Data(part, part, classes, batch_size, 0, mean, std)
+
+
+def settings(**changes):
+    return cifar100_vgg.Settings(**{"device": "cpu"} | changes)
 
 
 def assert_digits(train, test):
@@ -51,32 +57,40 @@ def test_pickles_of_python_3_are_read_too(tmp_path, protocol):
 
 def test_a_pickle_that_names_anything_else_is_not_run(tmp_path):
     contents = cifar_files.files() | {f"{PYTHON}/train": b"cos\nsystem\n(S'touch harm'\ntR."}
-    with pytest.raises(ValueError, match=r"train|whole CIFAR-100.*os\.system, which no CIFAR"):
-        common.read_cifar100(write_folder(tmp_path, contents))
+    with pytest.raises(ValueError, match=r"UnpicklingError: it names os\.system, which no CIFAR"):
+        cifar100_vgg.load(settings(data_dir=write_folder(tmp_path, contents)))
     assert not os.path.exists("harm")  # noqa: PTH110
 
 
-@pytest.mark.parametrize("damage", ["cut", "labels", "pixels", "keys"])
-def test_a_damaged_file_is_named(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("cut", "Error: pickle data was truncated"),
+        ("labels", "labels that are no whole numbers"),
+        ("pixels", r"pixels uint8 \(400, 3071\) for 400 labels"),
+        ("keys", "KeyError: 'fine_labels'"),
+        ("archive", "EOFError: Compressed file ended"),
+        ("missing", "FileNotFoundError: .*none'"),
+    ],
+)
+def test_damaged_data_are_refused_with_the_reason(tmp_path, damage, reason):
     pixels, labels = digits("train")
-    content = {
-        "cut": cifar_files.files()[f"{PYTHON}/train"][:-100],
-        "labels": pickle.dumps({"data": pixels, "fine_labels": [-1] * len(labels)}, 2),
-        "pixels": pickle.dumps({"data": pixels[:, 1:], "fine_labels": labels}, 2),
-        "keys": pickle.dumps({"data": pixels}, 2),
-    }[damage]
-    root = write_folder(tmp_path, cifar_files.files() | {f"{PYTHON}/train": content})
-    with pytest.raises(ValueError, match=f"{PYTHON}` must hold whole CIFAR-100 .* Get it again"):
-        common.read_cifar100(root)
-
-
-def test_a_truncated_archive_and_a_missing_folder_are_named(tmp_path):
-    archive = write_archive(tmp_path / f"{PYTHON}.tar.gz", cifar_files.files())
-    archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"tar\.gz` must hold whole .*Get it again"):
-        common.read_cifar100(archive)
-    with pytest.raises(FileNotFoundError, match="`--data-dir` must be or contain cifar-100-python"):
-        common.read_cifar100(tmp_path / "none")
+    contents, name = cifar_files.files(), f"{PYTHON}/train"
+    if damage in ("archive", "missing"):
+        path = write_archive(tmp_path / f"{PYTHON}.tar.gz", contents)
+        path.write_bytes(path.read_bytes()[:5000])
+        path = path if damage == "archive" else tmp_path / "none"
+    else:
+        contents[name] = {
+            "cut": contents[name][:-100],
+            "labels": pickle.dumps({"data": pixels, "fine_labels": [-1] * len(labels)}, 2),
+            "pixels": pickle.dumps({"data": pixels[:, 1:], "fine_labels": labels}, 2),
+            "keys": pickle.dumps({"data": pixels}, 2),
+        }[damage]
+        path = write_folder(tmp_path, contents)
+    wanted = rf"`--data-dir` must be or contain .*; got {tmp_path}.*{reason}.*Get it again"
+    with pytest.raises(ValueError, match=wanted):
+        cifar100_vgg.load(settings(data_dir=path))
 
 
 def write_tiny(root, flat=True):
@@ -102,7 +116,7 @@ def write_tiny(root, flat=True):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_tiny_imagenet_is_read_class_by_class_and_decoded_once(tmp_path, monkeypatch, flat):
-    monkeypatch.setattr(common, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     wanted = write_tiny(tmp_path / common.TINY, flat=flat)
     for path in (tmp_path, tmp_path / common.TINY):
         for part, split in zip(common.read_tinyimagenet(path), wanted, strict=True):
@@ -118,9 +132,16 @@ def test_tiny_imagenet_is_read_class_by_class_and_decoded_once(tmp_path, monkeyp
         common.read_tinyimagenet(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["image", "missing", "wnids"])
-def test_a_tiny_imagenet_with_a_gap_is_refused(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(common, "cache", lambda: tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("image", r"OSError: .*n01_3\.JPEG: "),
+        ("missing", r"val has no n01_0\.JPEG"),
+        ("wnids", r"train has not the classes of wnids\.txt"),
+    ],
+)
+def test_a_tiny_imagenet_with_a_gap_is_refused(tmp_path, monkeypatch, damage, reason):
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     root = tmp_path / common.TINY
     write_tiny(root)
     file = root / "train/n01/images/n01_3.JPEG"
@@ -130,28 +151,46 @@ def test_a_tiny_imagenet_with_a_gap_is_refused(tmp_path, monkeypatch, damage):
         (root / "val/images/n01_0.JPEG").unlink()
     else:
         (root / "wnids.txt").write_text("n02\nn01\nn03\n")
-    with pytest.raises(ValueError, match=r"Unpack the data set again"):
-        common.read_tinyimagenet(tmp_path)
+    with pytest.raises(ValueError, match=f"`--data-dir` must be .*{reason}"):
+        tinyimagenet_vgg.load(settings(data_dir=tmp_path))
     assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_a_share_a_limit_and_a_dev_split_take_the_first_images_of_each_class(folder):
-    settings = cifar100_vgg.Settings(data_dir=folder, classes=4, device="cpu")
-    whole = cifar100_vgg.load(settings)
+    whole = cifar100_vgg.load(settings(data_dir=folder, classes=4))
     assert (whole.classes, len(whole.train.labels), len(whole.test.labels)) == (4, 160, 40)
     assert torch.bincount(whole.share(0.07).train.labels).tolist() == [3] * 4
-    dev = cifar100_vgg.load(cifar100_vgg.Settings(data_dir=folder, split="dev", device="cpu"))
+    dev = cifar100_vgg.load(settings(data_dir=folder, split="dev"))
     assert (len(dev.train.labels), len(dev.test.labels)) == (360, 40)
-    few = cifar100_vgg.Settings(data_dir=folder, limit_per_class=2, device="cpu")
-    assert torch.bincount(cifar100_vgg.load(few).train.labels).tolist() == [2] * 10
-    assert len({data.digest for data in (whole, dev, cifar100_vgg.load(few))}) == 3
+    few = cifar100_vgg.load(settings(data_dir=folder, limit_per_class=2))
+    assert torch.bincount(few.train.labels).tolist() == [2] * 10
+    assert len({data.digest for data in (whole, dev, few)}) == 3
 
 
-def test_an_epoch_holds_each_image_once_and_batches_are_standardised():
-    data = random_data(per_class=16)
-    plain = data.normalize(data.train.images)
+def test_images_are_standardised_and_a_constant_channel_becomes_zero():
+    part = random_data().train
+    part.images[:, 2] = 7
+    plain = common.load(settings(), lambda _path: (part, part)).normalize(part.images)
     torch.testing.assert_close(plain.mean(dim=(0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(plain.var(dim=(0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
+    wanted = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(plain.var(dim=(0, 2, 3), correction=0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 4}, "`--classes` must be ≤ 3; got 4"),
+        ({"split": "dev"}, "`--split dev` must have ten training images of a class; got fewer"),
+    ],
+)
+def test_more_than_the_data_have_is_refused(change, message):
+    part = random_data(per_class=9).train
+    with pytest.raises(ValueError, match=message):
+        common.load(settings(**change), lambda _path: (part, part))
+
+
+def test_an_epoch_holds_each_image_once():
+    data = random_data(per_class=16)
     batches = list(data.batches(torch.Generator().manual_seed(0)))
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [16] * 3
     assert {tuple(images.shape) for images, _ in batches} == {(8, 3, 8, 8)}
@@ -186,8 +225,7 @@ def test_crop_and_flip_are_those_of_a_padded_image():
 def test_accuracy_is_that_of_all_test_images_in_evaluation_mode():
     data = random_data()
     network = nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(192, 3))
-    settings = common.Settings(device="cpu")
-    got = common.accuracy(network, data, settings)
+    got = common.accuracy(network, data, settings())
     network.eval()
     right = (network(data.normalize(data.test.images)).argmax(1) == data.test.labels).float()
     assert got == pytest.approx(100 * right.mean().item(), abs=0.01)
@@ -199,46 +237,48 @@ def test_rate_falls_at_30_60_and_80_per_cent(epochs, falls):
     assert sorted(common.step_decay(optimizer, epochs).milestones) == falls
 
 
-def test_a_run_that_diverges_leaves_no_record(tmp_path):
-    settings = cifar100_vgg.Settings(out=tmp_path, device="cpu", epochs=1)
-    run = Run(settings, random_data(), "student", ("epochs",))
-    next(run.epochs("student", 1, model=nn.Linear(1, 1)))
-    with pytest.raises(common.DivergedError, match=r"must stay finite; got .*`--learning-rate`"):
-        run.log("student", [[torch.tensor(float("nan"))]])
-    assert not (tmp_path / "records.jsonl").exists()
+def run_two_epochs(out, value, **changes):
+    """Return the number of epochs that were run, the model and the record."""
+    model, done = nn.Linear(1, 1), 0
+    run = Run(settings(out=out, **changes), random_data(), "student")
+    parts = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    for _ in run.epochs("student", 2, **parts):
+        done += 1
+        nn.init.constant_(model.weight, value)
+        run.log([[torch.tensor(value)]], test_accuracy=value)
+    return done, model, run.finish()
 
 
 def test_other_settings_are_another_file_and_a_finished_run_is_not_run_again(tmp_path):
-    data, model = random_data(), nn.Linear(1, 1)
-
-    def train(value, **settings):
-        settings = cifar100_vgg.Settings(out=tmp_path, device="cpu", **settings)
-        run = Run(settings, data, "student", ("epochs",))
-        done = 0
-        for _ in run.epochs("student", 2, model=model):
-            done += 1
-            nn.init.constant_(model.weight, value)
-            run.log("student", [[torch.tensor(1.0)]], test_accuracy=value)
-        return done, run.finish(model)
-
-    assert train(7.0)[0] == 2
-    assert train(8.0, seed=1)[0] == 2
-    done, record = train(9.0)
+    assert run_two_epochs(tmp_path, 7.0)[0] == 2
+    assert run_two_epochs(tmp_path, 8.0, seed=1)[0] == 2
+    done, model, record = run_two_epochs(tmp_path, 9.0, num_heads=2)  # which a student has not
     assert (done, model.weight.item(), record["accuracy"]) == (0, 7.0, 7.0)
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["settings"]["seed"] for line in lines] == [0, 1]
     assert {"graph_kd", "torch", "python", "hardware", "commit"} == set(record["versions"])
+    for network in (tmp_path / "networks").glob("student-0-*"):
+        network.unlink()
+    run_two_epochs(tmp_path, 9.0)  # again, in place of the first
+    lines = common.read_records(tmp_path / "records.jsonl")
+    assert [(line["settings"]["seed"], line["accuracy"]) for line in lines] == [(0, 9.0), (1, 8.0)]
+
+
+def test_a_run_that_diverges_leaves_no_record(tmp_path):
+    with pytest.raises(common.DivergedError, match=r"must stay finite; got .*`--learning-rate`"):
+        run_two_epochs(tmp_path, float("nan"))
+    assert not (tmp_path / "records.jsonl").exists()
 
 
 def test_a_damaged_checkpoint_and_damaged_records_are_named(tmp_path):
-    settings = cifar100_vgg.Settings(out=tmp_path, device="cpu")
-    run = Run(settings, random_data(), "student", ("epochs",))
-    common.write_atomically(run.file, b"no checkpoint")
+    run_two_epochs(tmp_path, 7.0)
+    (checkpoint,) = (tmp_path / "networks").iterdir()
+    common.write_atomically(checkpoint, b"no checkpoint")
     with pytest.raises(ValueError, match=r"student-0-.*must be a file of .*Delete it to train"):
-        Run(settings, random_data(), "student", ("epochs",))
+        run_two_epochs(tmp_path, 7.0)
     (tmp_path / "records.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"records.jsonl` must hold a JSON .*Move it away"):
-        common.read_records(tmp_path / "records.jsonl")
+        run_two_epochs(tmp_path, 7.0, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -250,14 +290,13 @@ def test_a_damaged_checkpoint_and_damaged_records_are_named(tmp_path):
         ({"batch_size": 1}, "`--batch-size` must be ≥ 2; got 1"),
         ({"learning_rate": 0.0}, "`--learning-rate` must be > 0 and finite; got 0"),
         ({"bound": float("inf")}, "`--bound` must be > 0 and finite; got inf"),
-        ({"width": 5.0}, "`--width` must be ≤ 4; got 5"),
-        ({"student_share": 1.5}, "`--student-share` must be ≤ 1; got 1.5"),
+        ({"width": 5.0}, "`--width` must be > 0 and ≤ 4; got 5"),
+        ({"student_share": 1.5}, "`--student-share` must be > 0 and ≤ 1; got 1.5"),
+        ({"soft_share": float("nan")}, "`--soft-share` must be ≥ 0 and ≤ 1; got nan"),
         ({"num_heads": 0}, "`--num-heads` must be ≥ 1; got 0"),
-        ({"seed": -1}, "`--seed` must be ≥ 0; got -1"),
-        ({"seed": 2**63}, "`--seed` must be ≤ 9223372036854775807; got"),
-        ({"device": "meta"}, "`--device` must be a device of this machine, as cpu; got meta"),
+        ({"seed": -1}, r"`--seed` must be ≥ 0 and < 2\*\*63; got -1"),
     ],
 )
-def test_settings_that_can_not_be_meant_are_refused(change, message):
+def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        cifar100_vgg.Settings(**{"device": "cpu"} | change)
+        settings(**change)
