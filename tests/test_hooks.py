@@ -1,5 +1,6 @@
 """FeatureHooks: what it collects, from which models, and what it refuses."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -12,7 +13,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -82,13 +85,9 @@ def batch(seed=1):
 
 def by_hand(net, x):
     """Return the features at LAYERS without calling a module, which would run its hooks."""
-
-    def apply(linear, x):
-        return nn.functional.linear(x, linear.weight, linear.bias)
-
-    stem = apply(net.stem, x)
-    first = apply(net.stages[0][0], stem.tanh()).tanh()
-    return [stem, first, apply(net.stages[1][0], first).tanh()]
+    stem = F.linear(x, *net.stem.parameters())
+    first = F.linear(stem.tanh(), *net.stages[0][0].parameters()).tanh()
+    return [stem, first, F.linear(first, *net.stages[1][0].parameters()).tanh()]
 
 
 def hook_count(net):
@@ -115,33 +114,21 @@ def named(table):
 
 # torch.jit announces its end, from inside torch.
 traced = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-# torch.compile looks at `.grad` of what comes into a compiled submodule, and warns itself.
-looks_at_grad = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
 
 
 # What is collected.
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
-def test_features_are_the_layers_outputs_in_the_order_of_the_names(net, order):
-    wanted, features = net(batch()), by_hand(net, batch())
+def test_features_are_the_layers_very_outputs_in_the_order_of_the_names(net, order):
+    wanted, seen = net(batch()), []
+    for name in LAYERS:
+        net.get_submodule(name).register_forward_hook(lambda *passed: seen.append(passed[-1]))
     hooks = FeatureHooks(net, [LAYERS[n] for n in order])
-    assert torch.equal(net(batch()), wanted)
-    assert_features(hooks, [features[n] for n in order])
-
-
-def test_features_are_the_very_tensors_and_carry_gradient(net):
-    seen = []
-    net.stem.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    hooks = FeatureHooks(net, ["stem"])
     output = net(batch())
-    assert hooks.features[0] is seen[0]
-    (at_feature,) = torch.autograd.grad(output.sum(), hooks.features, retain_graph=True)
-    assert at_feature.abs().sum() > 0
-    hooks.features[0].sum().backward()
-    assert net.stem.weight.grad is not None
+    assert torch.equal(output, wanted)
+    assert_same(hooks.features, [seen[n] for n in order])
+    torch.autograd.grad(output.sum(), hooks.features)  # raises where no gradient flows
 
 
 def test_a_second_forward_replaces_the_first(net):
@@ -155,21 +142,17 @@ def test_a_second_forward_replaces_the_first(net):
 
 
 def test_hooks_are_an_iterable_of_features_and_show_their_layers(net):
-    hooks = FeatureHooks(net, iter(LAYERS))
-    assert len(hooks) == 3
-    assert hooks.layers == tuple(LAYERS)
-    assert repr(hooks) == f"FeatureHooks(layers={LAYERS})"
-    net(batch())
-    assert_same(hooks, hooks.features)
-
-
-def test_the_model_itself_has_the_empty_name_and_a_module_may_have_two(net):
     net.alias = net.stages[1]
-    hooks = FeatureHooks(net, ["stages.1", "alias", ""])
+    layers = ["stages.1", "alias", ""]  # two names of one module, and the model itself
+    hooks = FeatureHooks(net, iter(layers))
     output = net(batch())
+    assert_same(hooks, hooks.features)
     first, second, whole = hooks
     assert first is second
     assert whole is output
+    assert len(hooks) == 3
+    assert hooks.layers == tuple(layers)
+    assert repr(hooks) == f"FeatureHooks(layers={layers})"
 
 
 def test_two_sets_of_hooks_do_not_meddle_with_each_other(net):
@@ -207,42 +190,36 @@ def test_leaving_removes_the_hooks_and_keeps_the_features_and_hooks_of_others(ne
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    ("uses", "message"),
+    ("uses", "besides", "message"),
     [
-        (0, "'spare' did not run in the last forward pass.*name layers that its forward uses"),
-        (2, "'spare' ran 2 times in the last .*must run once.*call the model itself"),
-        (3, "'spare' ran 3 times"),
+        (0, 0, "did not run in the last forward pass.*name layers that its forward uses"),
+        (2, 0, "ran 2 times in the last .*must run once.*call the model itself"),
+        (3, 0, "ran 3 times"),
+        (1, 1, "ran 2 times"),
     ],
 )
-def test_a_layer_that_did_not_run_or_ran_twice_is_named(net, uses, message, compiled):
+def test_a_layer_that_did_not_run_or_ran_twice_is_named(net, uses, besides, message, compiled):
     model = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
     hooks = FeatureHooks(model, ["stem", "spare"])
-    for n in (1, uses, 1):
-        model(batch(), spare_uses=n)
-        if n == 1:
-            assert len(hooks.features) == 2
-        else:
-            with pytest.raises(RuntimeError, match=f"Layer {message}"):
-                _ = hooks.features
+    model(batch(), spare_uses=1)
+    assert len(hooks.features) == 2
+    model(batch(), spare_uses=uses)
+    for _ in range(besides):
+        net.spare(batch())
+    with pytest.raises(RuntimeError, match=f"Layer 'spare' {message}"):
+        _ = hooks.features
+    model(batch(), spare_uses=1)
+    assert len(hooks.features) == 2
 
 
-def test_reading_before_any_forward_or_after_one_that_failed_names_the_first_layer(net):
+def test_before_any_forward_and_after_one_that_failed_no_layer_has_run(net):
     hooks = FeatureHooks(net, LAYERS)
-    with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run"):
-        list(hooks)
-    net(batch())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        net(torch.randn(3, 5))
-    with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run"):
-        _ = hooks.features
-
-
-def test_calling_a_part_besides_the_model_counts_as_running_twice(net):
-    hooks = FeatureHooks(net, ["stem"])
-    net(batch())
-    net.stem(batch())
-    with pytest.raises(RuntimeError, match=r"Layer 'stem' ran 2 times"):
-        _ = hooks.features
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Layer 'stem' did not run"):
+            _ = hooks.features
+        net(batch())
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            net(torch.randn(3, 5))
 
 
 def test_a_backward_pass_through_a_checkpoint_does_not_count_as_a_run():
@@ -347,22 +324,16 @@ def test_select_is_one_for_all_layers_or_a_list_and_leaves_tensors_as_they_are(s
     net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 5))
     hooks = FeatureHooks(net, ["0", "1"], select=select)
     output, _ = net(batch())
-    assert torch.equal(hooks.features[0], nn.functional.linear(batch(), *net[0].parameters()))
+    assert torch.equal(hooks.features[0], F.linear(batch(), *net[0].parameters()))
     assert hooks.features[1] is output
 
 
 def test_a_callable_is_applied_once_a_pass_to_tensors_too():
-    calls = []
-
-    def transposed(x):
-        calls.append(x)
-        return x.mT
-
-    net = nn.Sequential(nn.Conv1d(4, 5, 1))
-    hooks = FeatureHooks(net, ["0"], select=transposed)
+    net, calls = nn.Sequential(nn.Conv1d(4, 5, 1)), []
+    hooks = FeatureHooks(net, ["0"], select=lambda x: calls.append(x) or x.mT)
     output = net(torch.randn(2, 4, 7))
-    for _ in range(2):
-        assert torch.equal(hooks.features[0], output.mT)
+    assert torch.equal(hooks.features[0], output.mT)
+    assert_same(hooks.features, hooks.features)
     assert_same(calls, [output])
 
 
@@ -433,7 +404,7 @@ IN_PLACE = {
     "mul_": lambda x: x.mul_(2),
     "slice": lambda x: x[:, :2].zero_(),
     "leaky relu": nn.LeakyReLU(inplace=True),
-    "dropout": lambda x: nn.functional.dropout(x, 0.5, training=True, inplace=True),
+    "dropout": lambda x: F.dropout(x, 0.5, training=True, inplace=True),
     "view": lambda x: x.view(-1).sigmoid_(),
     "index": lambda x: x.__setitem__((0, 0), 1.0),
     "detached": lambda x: x.detach().add_(1),
@@ -457,17 +428,16 @@ def test_an_output_changed_in_place_afterwards_is_refused(operation, grad):
 @pytest.mark.parametrize("name", ["relu", "residual", "mul_", "slice"])
 def test_inference_mode_and_compiled_code_keep_the_output_as_it_was(mode, name):
     net = Gives(IN_PLACE[name])
-    wanted = nn.functional.linear(batch(), net.linear.weight, net.linear.bias)
+    wanted = F.linear(batch(), net.linear.weight, net.linear.bias)
     hooks = FeatureHooks(net, ["linear"])
-    if mode == "inference":
-        with torch.inference_mode():
-            net(batch())
-            torch.testing.assert_close(hooks.features[0], wanted)
-        return
-    torch.compile(net, backend=mode, fullgraph=True)(batch())
-    torch.testing.assert_close(hooks.features[0], wanted)
-    got = torch.autograd.grad(hooks.features[0].sin().sum(), net.linear.weight)
-    torch.testing.assert_close(got, torch.autograd.grad(wanted.sin().sum(), net.linear.weight))
+    inference = mode == "inference"
+    model = net if inference else torch.compile(net, backend=mode, fullgraph=True)
+    with torch.inference_mode(inference):
+        model(batch())
+        torch.testing.assert_close(hooks.features[0], wanted)
+    if not inference:
+        got = torch.autograd.grad(hooks.features[0].sin().sum(), net.linear.weight)
+        torch.testing.assert_close(got, torch.autograd.grad(wanted.sin().sum(), net.linear.weight))
 
 
 def test_the_layer_that_works_in_place_may_be_hooked():
@@ -612,36 +582,71 @@ class Shell(nn.Module):
         return self._forward_module(x)
 
 
+def by_fabric(net, precision="32-true"):
+    try:
+        from lightning.fabric import Fabric
+    except (ImportError, RuntimeError) as error:  # no dependency; RuntimeError from its torchvision
+        pytest.skip(f"Lightning can not be imported: {error}")
+    return Fabric(accelerator="cpu", devices=1, precision=precision).setup(net)
+
+
+def by_accelerate(net, precision="no"):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is no dependency")
+    try:
+        return accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(net)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sharded(net):
+    fsdp = pytest.importorskip("torch.distributed._composable.fsdp", reason="not in this torch")
+    fsdp.fully_shard(net.stages)
+    return fsdp.fully_shard(net) or net
+
+
+def inside(wrap):
+    """Wrap a submodule; its layers keep their names."""
+
+    def wrapped(net):
+        net.stages = wrap(net.stages)
+        return net
+
+    return wrapped
+
+
 def compiled(net, backend="eager", **settings):
     return torch.compile(net, backend=backend, **settings)
-
-
-def compiled_in_place(net, backend="eager"):
-    net.compile(backend=backend, fullgraph=True)
-    return net
 
 
 WRAPPERS = {
     "ddp": DistributedDataParallel,
     "compiled": lambda net: compiled(net, fullgraph=True),
     "compiled by aot_eager": lambda net: compiled(net, "aot_eager", fullgraph=True),
-    "compiled in place": compiled_in_place,
-    "compiled in place by aot_eager": lambda net: compiled_in_place(net, "aot_eager"),
+    "compiled in place": lambda net: net.compile(backend="eager", fullgraph=True) or net,
     "compiled ddp": lambda net: compiled(DistributedDataParallel(net)),
     "ddp of compiled": lambda net: DistributedDataParallel(compiled(net)),
-    "fabric": lambda net: Shell(net, net),
-    "fabric's ddp": lambda net: Shell(DistributedDataParallel(net), net),
-    "fabric's compiled": lambda net: Shell(compiled(net), net),
-    "fabric's ddp of compiled": lambda net: Shell(DistributedDataParallel(compiled(net)), net),
+    "compiled inside": inside(compiled),
+    "checkpointed inside": inside(checkpoint_wrapper),
+    "sharded in place": sharded,
+    "shell": lambda net: Shell(net, net),
+    "shell of ddp": lambda net: Shell(DistributedDataParallel(net), net),
+    "shell of compiled": lambda net: Shell(compiled(net), net),
+    "shell of ddp of compiled": lambda net: Shell(DistributedDataParallel(compiled(net)), net),
+    "fabric": by_fabric,
+    "accelerate": by_accelerate,
 }
 
 
+# torch.compile looks at `.grad` of what comes into a compiled submodule, and warns itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # accelerate
 @pytest.mark.usefixtures("process_group", "dynamo")
 @pytest.mark.parametrize("wrap", named(WRAPPERS))
 def test_hooks_on_a_wrapped_model_give_the_plain_models_features_and_gradients(net, wrap):
     plain = copy.deepcopy(net)
     model = wrap(net)
     assert unwrap(model) is net
+    count = hook_count(net)
     with FeatureHooks(model, LAYERS) as hooks:
         for seed in (1, 2, 3):
             net.zero_grad()
@@ -652,23 +657,24 @@ def test_hooks_on_a_wrapped_model_give_the_plain_models_features_and_gradients(n
             (output.square().sum() + sum(f.sum() for f in hooks)).backward()
             (wanted.square().sum() + sum(f.sum() for f in by_hand(plain, batch(seed)))).backward()
             for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-                torch.testing.assert_close(ours.grad, theirs.grad)
-    assert hook_count(net) == 0
+                grad = ours.grad.full_tensor() if wrap is sharded else ours.grad
+                torch.testing.assert_close(grad, theirs.grad)
+    assert hook_count(net) == count
     model(batch(4))
     assert_features(hooks, by_hand(plain, batch(3)))
 
 
-@looks_at_grad
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("kind", ["compiled", "checkpointed"])
-def test_names_inside_a_wrapped_submodule_are_those_of_the_plain_one(net, kind):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    wanted = by_hand(net, batch())
-    net.stages = compiled(net.stages) if kind == "compiled" else checkpoint_wrapper(net.stages)
-    with FeatureHooks(net, LAYERS) as hooks:
-        net(batch())
-        assert_features(hooks, wanted)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # accelerate
+@pytest.mark.parametrize(
+    ("wrap", "precision"), [(by_fabric, "bf16-mixed"), (by_accelerate, "bf16")]
+)
+def test_features_have_the_precision_that_a_framework_chooses(net, wrap, precision):
+    model = wrap(net, precision)
+    hooks = FeatureHooks(model, LAYERS)
+    model(batch())
+    assert {f.dtype for f in hooks} == {torch.bfloat16}
+    features = [f.float() for f in hooks]
+    torch.testing.assert_close(features, by_hand(net, batch()), rtol=0.05, atol=0.05)
 
 
 def test_a_model_with_an_attribute_like_that_of_fabric_is_a_plain_model(net):
@@ -679,99 +685,37 @@ def test_a_model_with_an_attribute_like_that_of_fabric_is_a_plain_model(net):
     assert unwrap(net) is net
 
 
-def assert_prepared(model, net):
-    assert unwrap(model) is net
-    with FeatureHooks(model, LAYERS) as hooks:
-        model(batch())
-        features = [f.float() for f in hooks.features]
-        torch.testing.assert_close(features, by_hand(net, batch()), rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fabric_is_seen_through(net, precision):
-    try:
-        from lightning.fabric import Fabric
-    except (ImportError, RuntimeError) as error:  # no dependency; RuntimeError from its torchvision
-        pytest.skip(f"Lightning can not be imported: {error}")
-    assert_prepared(Fabric(accelerator="cpu", devices=1, precision=precision).setup(net), net)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_models_prepared_by_accelerate_work(net, precision):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is no dependency")
-    try:
-        model = accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(net)
-        assert_prepared(model, net)
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("process_group")
-def test_layers_sharded_in_place_take_hooks(net):
-    fsdp = pytest.importorskip("torch.distributed._composable.fsdp", reason="not in this torch")
-    plain = copy.deepcopy(net)
-    fsdp.fully_shard(net.stages)
-    fsdp.fully_shard(net)
-    with FeatureHooks(net, LAYERS) as hooks:
-        net(batch())
-        assert_features(hooks, by_hand(plain, batch()))
-        sum(f.sum() for f in hooks.features).backward()
-    sum(f.sum() for f in by_hand(plain, batch())).backward()
-    torch.testing.assert_close(net.stem.weight.grad.full_tensor(), plain.stem.weight.grad)
-
-
 # Copies of a model, and of hooks.
 
 
-@traced
 def test_a_copy_of_the_model_leaves_the_hooks_of_the_original_alone(net):
-    with FeatureHooks(net, LAYERS) as hooks:
-        net(batch())
-        twin, before = copy.deepcopy(net), hooks.features
-        for other in (twin, AveragedModel(net), pickled(net)):
-            other(batch(2))
-        assert_same(hooks.features, before)
-        with FeatureHooks(twin, LAYERS) as hooks_of_twin:
-            twin(batch(2))
-            assert_features(hooks_of_twin, by_hand(twin, batch(2)))
-
-
-def test_a_pickle_of_the_model_holds_no_features_and_no_select(net):
-    with FeatureHooks(net, LAYERS, select=lambda output: output):
-        empty = len(pickle.dumps(net))
-        net(batch())
-        assert len(pickle.dumps(net)) == empty
-        twin = pickled(net)
+    hooks = FeatureHooks(net, LAYERS)
+    net(batch())
+    twin, before = copy.deepcopy(net), hooks.features
+    for other in (twin, AveragedModel(net), pickled(net)):
+        other(batch(2))
+    assert_same(hooks.features, before)
+    with FeatureHooks(twin, LAYERS) as hooks_of_twin:
         twin(batch(2))
-    assert len(pickle.dumps(twin)) == len(pickle.dumps(pickled(twin)))
-
-
-class Owner(nn.Module):
-    """Holds its network and its hooks."""
-
-    def __init__(self, mode):
-        super().__init__()
-        self.net, self.mode = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), mode
-        self.hooks = FeatureHooks(self.net, ["0"])
-
-    def forward(self, x):
-        with self.mode():
-            self.net(x)
-        return self.hooks.features
+        assert_features(hooks_of_twin, by_hand(twin, batch(2)))
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("make", [copy.deepcopy, pickled, AveragedModel])
-def test_copied_hooks_hold_no_batch_and_say_that_they_are_a_copy(mode, make):
-    owner = Owner(mode)
-    empty = len(pickle.dumps(owner))
-    owner(batch(0))
-    assert len(pickle.dumps(owner)) == empty
-    twin = make(owner)
+def test_copied_hooks_hold_no_batch_and_say_that_they_are_a_copy(net, mode, make):
+    net.hooks = FeatureHooks(net, LAYERS, select=lambda output: output)
+    empty = len(pickle.dumps(net))
+    with mode():
+        net(batch())
+    assert len(pickle.dumps(net)) == empty
+    twin = make(net)
+    size = len(pickle.dumps(twin))
+    twin(batch(2))
+    assert len(pickle.dumps(twin)) == size
+    twin = twin.module if make is AveragedModel else twin
     with pytest.raises(RuntimeError, match=r"hooks are a copy.*FeatureHooks\(model, layers\)"):
-        twin(batch(1))
-    assert torch.equal(owner(batch(2))[0], owner.net[0](batch(2)))
+        _ = twin.hooks.features
+    assert_features(net.hooks, by_hand(net, batch()))
 
 
 # Features of an earlier step.
@@ -804,88 +748,59 @@ def without_hooks():
     return [torch.randn(3, 6, requires_grad=True) for _ in range(2)]
 
 
-class Loop:
-    """A student and a teacher, a copy of each, and the words for what a training loop does."""
+def loop(make_copy=copy.deepcopy, read=READS["features"]):
+    """Return a function that does what it is told, in the words of a training loop."""
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    copies = make_copy(student), make_copy(teacher)
+    transfer, held = GraphTransferLoss([6, 6], 2), {"unhooked": without_hooks()}
+    words = {
+        "student": lambda: student(torch.randn(3, 4)),
+        "teacher": lambda: teacher(torch.randn(3, 4)),
+        "student_copy": lambda: copies[0](torch.randn(3, 4)),
+        "teacher_copy": lambda: copies[1](torch.randn(3, 4)),
+        "loss": lambda: transfer(read(of_student), read(of_teacher)),
+        "look": torch.no_grad()(lambda: transfer(read(of_student), read(of_teacher))),
+        "heads": lambda: transfer.estimator_loss(read(of_teacher)),
+        "read_teacher": lambda: of_teacher.features,
+        "keep": lambda: held.update(student=of_student.features, teacher=of_teacher.features),
+        "loss_of_kept_teacher": lambda: transfer(read(of_student), held["teacher"]),
+        "loss_of_kept_student": lambda: transfer(held["student"], read(of_teacher)),
+        "another_unhooked": lambda: held.update(unhooked=without_hooks()),
+        "loss_of_unhooked": lambda: transfer(held["unhooked"], read(of_teacher)),
+    }
 
-    def __init__(self, make_copy=copy.deepcopy, read=READS["features"]):
-        (self.net, self.of_student), (self.taught_by, self.of_teacher) = hooked(), hooked()
-        self.net_copy, self.taught_by_copy = make_copy(self.net), make_copy(self.taught_by)
-        self.read, self.transfer, self.batches = read, GraphTransferLoss([6, 6], 2), 0
-        self.another_student()
+    def do(text):
+        for word in text.split():
+            words[word]()
 
-    def do(self, words):
-        for word in words.split():
-            getattr(self, word)()
-
-    def run(self, net):
-        self.batches += 1
-        net(batch(self.batches))
-
-    def student(self):
-        self.run(self.net)
-
-    def student_copy(self):
-        self.run(self.net_copy)
-
-    def teacher(self):
-        self.run(self.taught_by)
-
-    def teacher_copy(self):
-        self.run(self.taught_by_copy)
-
-    def loss(self):
-        self.transfer(self.read(self.of_student), self.read(self.of_teacher))
-
-    def look(self):
-        with torch.no_grad():
-            self.loss()
-
-    def heads(self):
-        self.transfer.estimator_loss(self.read(self.of_teacher))
-
-    def read_teacher(self):
-        self.of_teacher.features  # noqa: B018
-
-    def keep(self):
-        self.kept = self.of_student.features, self.of_teacher.features
-
-    def loss_of_kept_teacher(self):
-        self.transfer(self.read(self.of_student), self.kept[1])
-
-    def loss_of_kept_student(self):
-        self.transfer(self.kept[0], self.read(self.of_teacher))
-
-    def another_student(self):
-        self.unhooked = without_hooks()
-
-    def unhooked_loss(self):
-        self.transfer(self.unhooked, self.read(self.of_teacher))
+    return do
 
 
-def assert_stale(role, act, *words):
+def stale(role):
     message = (
         rf"The {role}'s features \(layers \['1', '2'\]\) are those of an earlier step: .*did not "
         "run since.*place the hooks on that copy.*read `features` once and pass that list each"
     )
-    with pytest.raises(RuntimeError, match=message):
-        act(*words)
+    return pytest.raises(RuntimeError, match=message)
 
 
 @traced
 @reads
 @pytest.mark.parametrize("make_copy", named(COPIES))
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, make_copy, read):
-    loop = Loop(make_copy, read)
-    copied = {"student": "student_copy teacher", "teacher": "student teacher_copy"}[role]
-    loop.do(f"student teacher loss {copied}")
-    assert_stale(role, loop.loss)
-    loop.do("student teacher loss")
+@pytest.mark.parametrize(
+    ("role", "running"), [("student", "student_copy teacher"), ("teacher", "student teacher_copy")]
+)
+def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, running, make_copy, read):
+    do = loop(make_copy, read)
+    do(f"student teacher loss {running}")
+    with stale(role):
+        do("loss")
+    do("student teacher loss")
 
 
 @reads
 @pytest.mark.parametrize(
-    "words",
+    "text",
     [
         "student teacher loss student teacher loss",
         "student teacher loss loss heads loss heads",  # losses of one step
@@ -893,12 +808,12 @@ def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, make_copy, re
         "student teacher keep student loss_of_kept_teacher student loss_of_kept_teacher",
         "student teacher keep teacher loss_of_kept_student teacher loss_of_kept_student",
         "teacher student look student look",  # a loss without gradient is no step
-        "student teacher student_copy teacher_copy loss heads",  # beside an average, say
-        "teacher unhooked_loss unhooked_loss teacher another_student unhooked_loss",
+        "teacher student student_copy teacher_copy loss heads",  # beside an average, say
+        "teacher loss_of_unhooked loss_of_unhooked teacher another_unhooked loss_of_unhooked",
     ],
 )
-def test_features_serve_their_own_step_and_a_kept_list_any(words, read):
-    Loop(read=read).do(words)
+def test_features_serve_their_own_step_and_a_kept_list_any(text, read):
+    loop(read=read)(text)
 
 
 @reads
@@ -908,19 +823,20 @@ def test_features_serve_their_own_step_and_a_kept_list_any(words, read):
         ("teacher", "student teacher loss student", "loss"),
         ("student", "student teacher loss teacher student_copy teacher", "loss"),
         ("teacher", "student teacher keep student loss_of_kept_teacher student", "loss"),
-        ("teacher", "teacher unhooked_loss another_student", "unhooked_loss"),
+        ("teacher", "teacher loss_of_unhooked another_unhooked", "loss_of_unhooked"),
         # The same student does not hide that a copy teaches.
-        ("teacher", "teacher unhooked_loss unhooked_loss teacher_copy", "unhooked_loss"),
+        ("teacher", "teacher loss_of_unhooked loss_of_unhooked teacher_copy", "loss_of_unhooked"),
         ("teacher", "teacher heads heads teacher_copy", "heads"),
         # Whatever the features are used for: a copy runs, they are read, and so on.
         ("hooked model", "teacher read_teacher teacher_copy read_teacher teacher_copy", "heads"),
     ],
 )
 def test_features_of_an_earlier_step_are_refused_until_the_model_runs(role, before, refused, read):
-    loop = Loop(read=read)
-    loop.do(before)
-    assert_stale(role, loop.do, refused)
-    loop.do(f"student teacher {refused}")
+    do = loop(read=read)
+    do(before)
+    with stale(role):
+        do(refused)
+    do(f"student teacher {refused}")
 
 
 def test_one_pass_serves_every_pair_of_models_and_layers():
@@ -939,60 +855,37 @@ def test_one_pass_serves_every_pair_of_models_and_layers():
 
 
 def test_hooks_placed_anew_for_each_step_are_the_same_source():
-    loop = Loop()
-    loop.teacher()
-    for step in range(2):
-        with FeatureHooks(loop.net, ["1", "2"]) as loop.of_student:
-            loop.student()
-            if step == 0:
-                loop.loss()
-            else:
-                assert_stale("teacher", loop.loss)
+    (student, _), (teacher, of_teacher) = hooked(), hooked()
+    transfer = GraphTransferLoss([6, 6], 2)
+    teacher(batch())
+    for refusal in (contextlib.nullcontext(), stale("teacher")):
+        with FeatureHooks(student, ["1", "2"]) as of_student:
+            student(batch())
+            with refusal:
+                transfer(of_student, of_teacher)
 
 
-def test_neither_features_without_hooks_nor_compiled_code_are_checked(monkeypatch):
-    loop, kept = Loop(), without_hooks()
-    loop.student()
+def test_features_without_hooks_are_not_checked():
+    (student, of_student), kept, transfer = hooked(), without_hooks(), GraphTransferLoss([6, 6], 2)
+    student(batch())
     for _ in range(2):
-        loop.transfer(without_hooks(), kept)
-        loop.transfer(loop.of_student, without_hooks())
-        loop.transfer.estimator_loss(kept)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    loop.teacher()
-    for _ in range(3):
-        assert type(loop.of_teacher.features) is list
-        check_fresh(without_hooks(), loop.of_teacher.features)
-        check_estimator_fresh(loop.of_teacher.features)
-
-
-@looks_at_grad
-@pytest.mark.usefixtures("dynamo")
-def test_compiled_code_takes_features_and_is_not_checked():
-    loop = Loop()
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def loss(student, teacher):
-        check_fresh(student, teacher)
-        check_estimator_fresh(teacher)
-        return sum(s.sum() * t.sum() for s, t in zip(student, teacher, strict=True))
-
-    loop.teacher()
-    for _ in range(2):
-        loop.student()
-        got = loss(loop.of_student.features, loop.of_teacher.features)
-        pairs = zip(loop.of_student, loop.of_teacher, strict=True)
-        torch.testing.assert_close(got, sum(s.sum() * t.sum() for s, t in pairs))
+        transfer(without_hooks(), kept)
+        transfer(of_student, without_hooks())
+        transfer.estimator_loss(kept)
 
 
 def test_checks_keep_no_features_alive_and_make_no_cycles():
-    loop = Loop()
-    loop.do("student teacher loss heads")
-    watched = [weakref.ref(f) for hooks in (loop.of_student, loop.of_teacher) for f in hooks]
+    (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    student(batch(0))
+    teacher(batch(0))
+    check_fresh(of_student.features, of_teacher.features)
+    check_estimator_fresh(of_teacher.features)
+    watched = [weakref.ref(f) for hooks in (of_student, of_teacher) for f in hooks]
     gc.disable()
     try:
-        loop.student()
+        student(batch(1))
         assert [ref() is None for ref in watched] == [True, True, False, False]
-        loop.teacher()
+        teacher(batch(1))
         assert all(ref() is None for ref in watched)
     finally:
         gc.enable()
