@@ -178,9 +178,11 @@ RIGHT = {
     "video": twins(lambda: chain(nn.Conv3d(2, 4, 2), nn.ReLU()), "0 1", (4, 2, 4, 5, 5)),
     "one sample": twins(stages, "0", (1, 6)),
     "one batch size alone": twins(lambda: output_of(lambda x: x.reshape(4, 8)), "1"),
-    "keywords": twins(TakesTwo, "linear", {"position": position, "x": x}),
+    "keywords": twins(
+        TakesTwo, "linear", {"position": position, "scale": torch.tensor(2.0), "x": x}
+    ),
     "user dict": twins(TakesTwo, "linear", UserDict(x=x, position=x)),
-    "a number": twins(TakesTwo, "linear", {"scale": 2.0, "x": x, "position": position}),
+    "a number": twins(TakesTwo, "linear", {"scale": 2.0, "x": x, "position": x}),
     "tuple": twins(TakesTwo, "linear", (position, x)),
     "list": twins(TakesTwo, "linear", [x, x, 2.0]),
     "dropout of the teacher": lambda: pair(tokens(), tokens(), "1", sample=TOKENS),
