@@ -71,10 +71,8 @@ def stages(*extra, width=8):
     return chain(nn.Linear(6, width), nn.Tanh(), *extra, nn.Linear(width, 4))
 
 
-def frozen(layer):
-    model = stages()
-    model[layer].requires_grad_(False)
-    return model
+def frozen():
+    return chain(nn.Linear(6, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 4))
 
 
 def output_of(function):
@@ -96,10 +94,6 @@ def tokens():
     return chain(nn.Linear(6, 8), encoder, nn.Linear(8, 10))
 
 
-def scripted_inside():
-    return stages(torch.jit.script(chain(nn.Linear(8, 8), nn.BatchNorm1d(8))))
-
-
 def channels_last():
     return chain(nn.Linear(3, 8), nn.ReLU(), chain(nn.Linear(8, 8), nn.GELU()))
 
@@ -107,10 +101,6 @@ def channels_last():
 def channels_first():
     """Return a model that takes the same maps, and gives them with the channels first."""
     return chain(Apply(lambda x: x.permute(0, 3, 1, 2)), nn.Conv2d(3, 8, 1))
-
-
-def recurrent():
-    return chain(nn.Embedding(20, 10), nn.LSTM(10, 12, batch_first=True))
 
 
 def quantised(x):
@@ -166,7 +156,7 @@ def twins(make, layers="0", sample=VECTORS, **settings):
 
 # Right hooks pass.
 
-position, x = randn(1, 5, 6), randn(4, 5, 6)
+position, x, scale = randn(1, 5, 6), randn(4, 5, 6), torch.tensor(2.0)
 RIGHT = {
     "images": twins(convolutions, "0.0 1.1 3.0", IMAGES),
     "of other sizes and names": lambda: pair(
@@ -177,9 +167,7 @@ RIGHT = {
     "video": twins(lambda: chain(nn.Conv3d(2, 4, 2), nn.ReLU()), "0 1", (4, 2, 4, 5, 5)),
     "one sample": twins(stages, "0", (1, 6)),
     "one batch size alone": twins(lambda: output_of(lambda x: x.reshape(4, 8)), "1"),
-    "keywords": twins(
-        TakesTwo, "linear", {"position": position, "scale": torch.tensor(2.0), "x": x}
-    ),
+    "keywords": twins(TakesTwo, "linear", {"position": position, "scale": scale, "x": x}),
     "user dict": twins(TakesTwo, "linear", UserDict(x=x, position=x)),
     "a number": twins(TakesTwo, "linear", {"scale": 2.0, "x": x, "position": x}),
     "tuple": twins(TakesTwo, "linear", (position, x)),
@@ -187,10 +175,13 @@ RIGHT = {
     "dropout of the teacher": lambda: pair(tokens(), tokens(), "1", sample=TOKENS),
     "a frozen teacher": lambda: pair(stages(), stages().requires_grad_(False)),
     "a detached teacher": lambda: pair(stages(), output_of(lambda x: x.detach()), "1"),
-    "trained behind frozen layers": twins(lambda: frozen(0), "2"),
+    "trained behind frozen layers": twins(frozen, "2"),
     "buffers replaced and made": twins(lambda: chain(Counts())),
     "compiled": lambda: pair(stages(), torch.compile(stages(), backend="eager"), "0 1"),
-    "scripted parts": twins(scripted_inside, "0 3"),
+    "scripted parts": twins(
+        lambda: stages(torch.jit.script(chain(nn.Linear(8, 8), nn.BatchNorm1d(8)))), "0 3"
+    ),
+    "in place": twins(lambda: chain(nn.Linear(6, 8), nn.ReLU(inplace=True)), "1"),
     "channels last": twins(channels_last, "0 1 2", LAST, channel_dim=3),
     "channels last in one": lambda: pair(
         channels_last(), channels_first(), "0", "1", LAST, channel_dim=(None, -1)
@@ -200,23 +191,23 @@ RIGHT = {
     ),
     "channels of the student": lambda: pair(stages(), stages(width=5), student_channels=(8,)),
     "selects": twins(
-        recurrent, "1", torch.randint(20, (4, 10)), student_select=0, teacher_select=[0]
+        lambda: chain(nn.Embedding(20, 10), nn.LSTM(10, 12, batch_first=True)),
+        "1",
+        torch.randint(20, (4, 10)),
+        student_select=0,
+        teacher_select=[0],
     ),
     # Shapes that happen to agree raise no alarm.
     "rms norm": twins(lambda: chain(nn.Linear(8, 8), nn.RMSNorm(8)), "1", (4, 5, 8)),
     "glu": twins(lambda: chain(nn.Linear(8, 32), nn.GLU()), "1", (4, 32, 8)),
     "shuffle": twins(lambda: chain(nn.Conv2d(3, 32, 1), nn.PixelShuffle(2)), "1", (4, 3, 16, 20)),
     "pool": twins(lambda: chain(nn.Linear(6, 10), nn.AdaptiveAvgPool1d(7)), "1", (4, 10, 6)),
-    "instance norm": twins(
-        lambda: chain(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3)), "1", (4, 3, 8, 8)
-    ),
+    "instance norm": twins(lambda: chain(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3)), "1", IMAGES),
     "joined maps": twins(
         lambda: chain(Apply(lambda x: torch.cat([x, -x], 1), nn.Conv2d(3, 9, 1))), "0", (4, 3, 9, 9)
     ),
     "own norm": twins(lambda: chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9)), "1", (4, 3, 9, 9)),
-    "own norm elsewhere": twins(
-        lambda: chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9)), "1", (4, 3, 5, 5)
-    ),
+    "own norm, other size": twins(lambda: chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9)), "1", IMAGES),
 }
 
 
@@ -388,8 +379,8 @@ REFUSED = [
     # Gradient that does not reach the student, or reaches the teacher.
     (NO_GRADIENT.format(1), pair(output_of(lambda x: x.detach()), None, "0 1")),
     (NO_GRADIENT.format(0), pair(stages().requires_grad_(False))),
-    (NO_GRADIENT.format(1), pair(frozen(0), None, "1")),
-    (NO_GRADIENT.format(0), pair(frozen(0), sample=randn(4, 6, requires_grad=True))),
+    (NO_GRADIENT.format(1), pair(frozen(), None, "1")),
+    (NO_GRADIENT.format(0), pair(frozen(), sample=randn(4, 6, requires_grad=True))),
     (SHARED, pair(model, chain(model[0]))),
     (SHARED, pair(model, model)),
     (NORM, in_training(nn.BatchNorm2d(4))),
