@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit._script import RecursiveScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from graph_kd._forward_pass import ForwardPass
 from graph_kd._select import Select, Untaken, check_select, take
@@ -61,8 +60,6 @@ class FeatureHooks:
         ...     [tuple(feature.shape) for feature in hooks.features]
         [(2, 8), (2, 8)]
     """
-
-    _handles: Sequence[RemovableHandle] = ()  # a copy has none
 
     def __init__(
         self,
@@ -130,7 +127,8 @@ class FeatureHooks:
         return f"FeatureHooks(layers={list(self.layers)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}  # copies and pickles hold no batch
+        # Copies and pickles hold no batch, and can remove the idle hooks of the copied model.
+        return {"layers": self.layers, "_handles": self._handles}
 
     # Called by hooks. Compiled code only clears and sets what is kept, and reads nothing.
 

@@ -83,7 +83,8 @@ def assert_feature_hooks(
     with _undisturbed(student, inputs), _undisturbed(teacher, inputs):
         pairs = list(zip(ours.read(inputs), theirs.read(inputs), strict=True))
         for n, (point, of_theirs) in enumerate(pairs):
-            _check_channels(point, of_theirs, student_channels[n] if student_channels else None)
+            wanted = None if student_channels is None else student_channels[n]
+            _check_channels(point, of_theirs, wanted)
             if not point.reaches(student):
                 raise AssertionError(
                     f"{point.where} carries no gradient to the student's parameters. "
@@ -192,8 +193,8 @@ class _Side:
                 )
 
     def hook_count(self) -> int:
-        modules = list(self.plain.modules())
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        return sum(len(getattr(m, kind)) for m in self.plain.modules() for kind in kinds)
 
     def selecting(self, method: str) -> str:
         return f"`{self.role.lower()}_select=lambda output: output.{method}`."
