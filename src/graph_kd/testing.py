@@ -147,7 +147,7 @@ class _Side:
             self.plain = unwrap(model)
 
     def run(self, inputs: _Inputs) -> list[Tensor]:
-        """Return the features, each a floating-point tensor."""
+        """Return the features of one forward pass, which leaves no hooks behind."""
         attached = self.hook_count()
         with _assertions(self.where, self.role):
             hooks = FeatureHooks(self.model, self.layers, select=self.select)
@@ -157,13 +157,6 @@ class _Side:
                 features = hooks.features
         if self.hook_count() != attached:
             raise AssertionError(f"{self.where}: a hook stayed attached.")
-        for layer, feature in zip(self.layers, features, strict=True):
-            if not feature.is_floating_point():
-                hint = f" Pass {self.selecting('dequantize()')}" if feature.is_quantized else ""
-                raise AssertionError(
-                    f"{self.role} layer {layer!r} must give a floating-point tensor; it gave "
-                    f"{feature.dtype}.{hint}"
-                )
         return features
 
     def read(self, inputs: _Inputs) -> list[_Point]:
@@ -208,12 +201,17 @@ class _Side:
 
 
 class _Point:
-    """What one layer gave, with the batch on axis 0, and where the loss looks for the channels."""
+    """A feature: floating-point, with the batch on axis 0 and the channels on `axis`."""
 
     def __init__(self, side: _Side, layer: str, feature: Tensor, size: int) -> None:
         self.side, self.layer, self.feature = side, layer, feature
         self.where = f"{side.role} layer {layer!r}"
         self.shape = shape = tuple(feature.shape)
+        if not feature.is_floating_point():
+            hint = f" Pass {side.selecting('dequantize()')}" if feature.is_quantized else ""
+            raise AssertionError(
+                f"{self.where} must give a floating-point tensor; it gave {feature.dtype}.{hint}"
+            )
         if len(shape) not in (2, 3, 4, 5) or shape[0] != size:
             second = len(shape) > 2 and shape[1] == size
             raise AssertionError(
