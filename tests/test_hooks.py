@@ -743,7 +743,8 @@ def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, running, copi
         "student teacher keep student loss_of_kept_teacher student loss_of_kept_teacher",
         "student teacher keep teacher loss_of_kept_student teacher loss_of_kept_student",
         "teacher student look student look",  # a loss without gradient is no step
-        "teacher student student_copy teacher_copy loss heads",  # beside an average, say
+        # Averages run beside both models, before their passes and after a look at the features.
+        "teacher_copy teacher student read_teacher teacher_copy student_copy loss heads",
         "teacher loss_of_unhooked loss_of_unhooked teacher another_unhooked loss_of_unhooked",
         "loss_without_hooks loss_without_hooks heads_without_hooks heads_without_hooks",
         "student loss_of_unhooked_teacher loss_of_unhooked_teacher",
