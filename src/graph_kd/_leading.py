@@ -38,7 +38,6 @@ CLEAR_EVERY = 3  # degrees after which it is taken out again: it grows from roun
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
 RIDGE = 1e-14  # relative, on the diagonal of a float64 Gram matrix: dependent rows stay finite
 SWEEPS = 5  # of Jacobi rotations
-TINY = torch.finfo(torch.float32).tiny  # stands in for zero under a fraction
 
 
 def fast_vectors(
@@ -71,14 +70,15 @@ def fast_vectors(
     found = _together(searches, _jacobi if capturable else torch.linalg.eigh)
     for group, answer in zip(groups.values(), found, strict=True):
         parts = (torch.split(tensor, [len(maps[i]) for i in group]) for tensor in answer)
-        for i, vectors, null, values, doubtful in zip(group, *parts, strict=True):
+        for i, vectors, values, doubtful in zip(group, *parts, strict=True):
             k, matrix = counts[i], matrices[i]
+            null = values[:, :k] <= ROUNDING * values[:, :1]
             right = vectors[:, :k, : sides[i].shape[1]]
             if matrix.shape[1] < matrix.shape[2]:
                 right = torch.nn.functional.normalize(right @ matrix, dim=-1)  # Mᵀu = σv
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right * torch.copysign(torch.ones_like(along), along)
-            results[i] = (right, null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful)
+            results[i] = (right, null, values[:, :k].clone(), grams[i], doubtful)
     return results
 
 
@@ -109,12 +109,11 @@ def fast_gradient(
     value = rearrange(values.gather(1, index), "b k -> b k 1")
     grad = torch.addcmul(grad, (grad * chosen).sum(dim=-1, keepdim=True), chosen, value=-1)
     if tall:
-        system = _system(gram, chosen * value.sqrt(), value)
-        w = _solve(system, grad)
+        w = _solve(gram, value, chosen * value.sqrt(), grad)
         left_w, left = (torch.cat([w, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
     else:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ, and M v = √λ x
         right, left = (torch.cat([grad, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
-        w = _solve(_system(gram, left, value), right)
+        w = _solve(gram, value, left, right)
         w, left_w = (grad + w @ matrix) / value, (right + w @ gram) / value
     if bounded:
         most = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) / (CLOSE * value)
@@ -127,16 +126,12 @@ def fast_gradient(
     return gradient
 
 
-def _system(gram: Tensor, x: Tensor, value: Tensor) -> Tensor:
-    """Return λ - G + x xᵀ for each vector, ``(b k) s s``."""
+def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor) -> Tensor:
+    """Solve (λ - G + x xᵀ) w = right for each vector, ``b k s``; λ is the value, ``b k 1``."""
     system = repeat(gram, "b s r -> (b k) s r", k=x.shape[1])
     x = rearrange(x, "b k s -> (b k) s 1")
     system = torch.baddbmm(system, x, x.mT, beta=-1)
     system.diagonal(dim1=-2, dim2=-1).add_(rearrange(value, "b k 1 -> (b k) 1"))
-    return system
-
-
-def _solve(system: Tensor, right: Tensor) -> Tensor:
     solution: Tensor = torch.linalg.solve_ex(system, rearrange(right, "b k s -> (b k) s 1"))[0]
     return solution.view_as(right)
 
@@ -149,7 +144,7 @@ class _Ritz(NamedTuple):
     images: Tensor
 
 
-Search = Generator[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+Search = Generator[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]
 Step = Generator[Tensor, list[Tensor], _Ritz]
 
 
@@ -174,12 +169,12 @@ def _together(searches: list[Search], eigh: Callable[..., Any]) -> list[Any]:
 def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: bool) -> Search:
     """Find the ``kept`` leading eigenvectors, of which those up to ``last``, ``n 1``, are wanted.
 
-    Return vectors, which are null, values, and which samples float32 is not accurate for, ``n``.
+    Return vectors, values, and which samples float32 is not accurate for, ``n``.
     """
     peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
-    identity = torch.eye(gram.shape[-1], device=gram.device)
     if fixed or bool(outside.any()):
+        identity = torch.eye(gram.shape[-1], device=gram.device)
         gram = torch.where(rearrange(outside, "n -> n 1 1"), identity, gram)
         peak = torch.where(outside, 1, peak)
     if kept == gram.shape[-1]:
@@ -190,17 +185,17 @@ def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: b
         if fixed:
             ritz = yield from _ritz(gram, block)
             for i in range(FILTERS):
-                block = _orthonormal(_filter(gram, ritz, _edge(ritz.values), DEGREE))
+                block = _orthonormal(_filter(gram, ritz, ritz.values[:, -1:], DEGREE))
                 ritz = yield from _ritz(gram, block, sides if i == FILTERS - 1 else None)
         else:
             ritz = yield from _until_converged(gram, block, last)
-    angle, resolved = _angle(ritz, last)
+    angle = _angle(ritz, last)
     if not fixed and bool((ritz.values[:, :1] > STEEP * ritz.values.gather(1, last)).any()):
         ritz = yield from _ritz(gram, ritz.vectors, sides)
     close = ritz.values[:, 1:] >= (1 - CLOSE) * ritz.values[:, :-1]
     close &= torch.arange(kept - 1, device=last.device) <= last
-    doubtful = outside | close.any(dim=1) | ~resolved | (angle > TOLERANCE)
-    return ritz.vectors, ritz.values <= ROUNDING * ritz.values[:, :1], ritz.values, doubtful
+    doubtful = outside | close.any(dim=1) | (angle > TOLERANCE)
+    return ritz.vectors, ritz.values, doubtful
 
 
 def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
@@ -216,15 +211,15 @@ def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
     block = _filter(gram, _Ritz(top.expand_as(lengths), block, images), edge, degree)
     ritz = yield from _ritz(gram, _orthonormal(block))
     for _ in range(FILTERS_CPU):
-        angle, resolved = _angle(ritz, last)
-        rest = (resolved & (angle > TOLERANCE)).nonzero()[:, 0]
+        angle = _angle(ritz, last)
+        rest = ((angle > TOLERANCE) & angle.isfinite()).nonzero()[:, 0]
         if not len(rest):
             break
         # Most go with the others, which spares the copy of their matrices.
         some = rest if 2 * len(rest) <= len(gram) else slice(None)
         part, matrix = _Ritz(*(whole[some] for whole in ritz)), gram[some]
-        edge = _edge(part.values)
-        growth = _growth(part.values, edge).clamp_min(TINY)
+        edge = part.values[:, -1:]
+        growth = _growth(part.values, edge)
         # To a tenth of the tolerance, as far as float32 reaches.
         needed = torch.log(angle[some] * 10 / TOLERANCE) / growth.gather(1, last[some])[:, 0]
         degree = int(torch.minimum(needed.max(), LOG_RANGE / growth.max()).clamp(1, MOST))
@@ -249,39 +244,33 @@ def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) 
             parts = zip(torch.split(rows, [len(side) for side in sides]), sides, strict=True)
             spans = [part[..., : side.shape[1]] @ side for part, side in parts]
         inner = _stack([x @ x.mT for x in map(Tensor.double, spans)], images.shape[1])
-    # What has left the range of float32 becomes zero, which does not count as converged.
-    values, basis = yield torch.nan_to_num(inner, nan=0.0, posinf=0.0, neginf=0.0)
+    # A map that is not finite must not stop the others.
+    values, basis = yield torch.nan_to_num(inner, posinf=0.0, neginf=0.0)
     rotation = basis.flip(-1).mT.float()
-    values = values.flip(-1).clamp_min(0).float()
+    values = values.flip(-1).float()
+    values = torch.maximum(values, ROUNDING * values[:, :1])  # below it there is only rounding
     if rows is None:
         return _Ritz(values, torch.nn.functional.normalize(rotation, dim=-1), images)
     return _Ritz(values, rotation @ rows, rotation @ images)
 
 
-def _angle(ritz: _Ritz, last: Tensor) -> tuple[Tensor, Tensor]:
+def _angle(ritz: _Ritz, last: Tensor) -> Tensor:
     """Bound the angle, in radian, between the wanted vectors and the leading subspace, ``n``.
 
-    By the residual over the gap to what lies outside the subspace. Also say whether float32
-    resolves that gap: what rounding makes of the angle is bounded likewise.
+    It is at most the residual over the gap to what lies outside the subspace. Where float32 does
+    not resolve that gap the bound is infinite.
     """
     values, vectors, images = ritz
-    least = values.gather(1, last)
-    if vectors.shape[1] == vectors.shape[2]:  # nothing lies outside
-        return torch.zeros_like(least[:, 0]), (TOLERANCE * least > ROUNDING * values[:, :1])[:, 0]
-    residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
-    residual = torch.linalg.vector_norm(residual, dim=-1)
-    gap = (values - _edge(values)).clamp_min(TINY)
-    wanted = torch.arange(values.shape[1], device=last.device) <= last
-    # A larger value may hide in a vector that has not converged, at most its residual above it.
-    angle = torch.where(wanted, residual / gap, (values + residual > least).float())
+    whole = vectors.shape[1] == vectors.shape[2]  # nothing lies outside
+    gap = values if whole else values - values[:, -1:]
     resolved = TOLERANCE * gap.gather(1, last) > ROUNDING * values[:, :1]
-    return torch.nan_to_num(angle.amax(dim=1), nan=1.0), resolved[:, 0]
-
-
-def _edge(values: Tensor) -> Tensor:
-    """Return the least value of the subspace, or what rounding makes of a smaller one, ``n 1``."""
-    edge: Tensor = torch.maximum(values[:, -1:], 16 * ROUNDING * values[:, :1]).clamp_min(TINY)
-    return edge
+    if whole:
+        angle = torch.zeros_like(values)
+    else:
+        residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
+        wanted = torch.arange(values.shape[1], device=last.device) <= last
+        angle = torch.where(wanted, torch.linalg.vector_norm(residual, dim=-1) / gap, 0)
+    return torch.where(resolved, angle, torch.inf).amax(dim=1)
 
 
 def _growth(values: Tensor, edge: Tensor) -> Tensor:
@@ -340,8 +329,8 @@ def _orthonormal(block: Tensor) -> Tensor:
     """Orthonormalise rows by their Cholesky factor, in float64: a filter leaves them dependent."""
     rows = block.double()
     gram = rows @ rows.mT
-    ridge = torch.diag_embed(RIDGE * gram.diagonal(dim1=-2, dim2=-1) + TINY)
-    factor, _ = torch.linalg.cholesky_ex(gram + ridge)
+    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE)
+    factor, _ = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # To invert the small factor is faster than to solve for the long rows.
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
