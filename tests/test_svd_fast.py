@@ -1,4 +1,8 @@
-"""The subspace iteration: as good as float64 where vectors are isolated, and never worse unsaid."""
+"""Laws of the subspace iteration: as good as float64 where singular values are isolated.
+
+It has two forms. The CPU filters as often as the maps need. Other devices, and a loss with
+capturable=True, filter twice; that form is tested here on the CPU.
+"""
 
 import pytest
 import torch
@@ -7,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import as_map, matrix_of, seeds
 
-from graph_kd import SVDFeature, _leading, _svd
+from graph_kd import GraphTransferLoss, SVDFeature, _leading, _svd
 from graph_kd._svd import top_singular_vectors
 
 
@@ -29,6 +33,7 @@ SPECTRA = {
     ),
 }
 points = pytest.mark.parametrize("point", POINTS, ids=str)
+forms = pytest.mark.parametrize("capturable", [False, True], ids=["CPU", "capturable"])
 
 
 def relu_noise(point, batch=4, seed=0):
@@ -59,13 +64,25 @@ def top_of(rows, k, *, capturable=False):
     return found
 
 
-def check_against_float64(features, k):
-    features = features.requires_grad_()
+def rows_of(features):
+    return rearrange(features, "b c h w -> b (h w) c")
+
+
+def check_against_float64(features, k, *, capturable=False):
+    """Check vectors and gradients where values are isolated; return which samples are doubtful.
+
+    Samples that are doubtful on the CPU are decomposed in float64; in a capturable loss they are
+    not, and need not be accurate.
+    """
+    features = features.detach().requires_grad_()
     truth = features.detach().double().requires_grad_()
-    vectors, wanted = SVDFeature(k)(features), SVDFeature(k)(truth)
+    found, wanted = top_of(rows_of(features), k, capturable=capturable), SVDFeature(k)(truth)
+    vectors = found.vectors()
     good = isolated(features.detach(), k)
-    cosine = (vectors.double() * wanted).sum(dim=-1).abs()
-    assert (1 - cosine)[good].max() <= 1e-6
+    if capturable:
+        good &= ~found.doubtful[:, None]
+    cosine = (vectors.double() * wanted).sum(dim=-1)
+    assert torch.where(good, 1 - cosine, 0).max() <= 1e-6
     target = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
     for i in range(k):
         (got,) = torch.autograd.grad(
@@ -74,13 +91,17 @@ def check_against_float64(features, k):
         (true,) = torch.autograd.grad((wanted[:, i] * target[:, i]).sum(), truth, retain_graph=True)
         difference = (got - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
         assert (difference[good[:, i]] <= 1e-3).all()
+        assert got.isfinite().all()
+    return found.doubtful
 
 
 @points
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("kind", ["relu", *SPECTRA])
-def test_isolated_vectors_and_their_gradients_are_those_of_float64(point, k, kind):
-    check_against_float64(relu_noise(point) if kind == "relu" else with_spectrum(point, kind), k)
+@forms
+def test_isolated_vectors_and_their_gradients_are_those_of_float64(point, k, kind, capturable):
+    features = relu_noise(point) if kind == "relu" else with_spectrum(point, kind)
+    check_against_float64(features, k, capturable=capturable)
 
 
 @settings(max_examples=20)
@@ -146,20 +167,6 @@ def test_values_lost_in_a_gram_matrix_are_found_in_the_map():
     assert not found.doubtful.any()
     cosine = (found.all.double() * right[:, :4]).sum(dim=-1).abs()
     assert (1 - cosine).max() <= 1e-6
-
-
-def test_a_value_hidden_in_a_vector_that_has_not_converged_is_looked_for():
-    values = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, *[0.1] * 19])
-    vectors = torch.eye(24)[[0, 1, 2, 4, 5, 6, 7, 8]][None]
-    last = torch.tensor([[3]])
-    for share in (0.0, 0.8):  # of the fourth eigenvector in the fifth row, which is no wanted one
-        vectors[0, 4, [3, 23]] = torch.tensor([share, (1 - share**2) ** 0.5])
-        vectors[0, 4, 5] = 0
-        images = vectors * values
-        quotients = (images * vectors).sum(dim=-1)
-        ritz = _leading._Ritz(quotients, vectors, images)
-        angle, _ = _leading._angle(ritz, last)
-        assert bool(angle <= _leading.TOLERANCE) is (share == 0)
 
 
 def test_vectors_of_all_pairs_have_unit_length():

@@ -37,7 +37,6 @@ DOMINATES = 4.0  # ratio of eigenvalues from which the larger one is kept out of
 CLEAR_EVERY = 3  # degrees after which it is taken out again: it grows from rounding errors
 STEEP = 32.0  # ratio of eigenvalues from which the map itself is asked for the smaller one
 RIDGE = 1e-14  # relative, on the diagonal of a float64 Gram matrix: dependent rows stay finite
-SWEEPS = 5  # of Jacobi rotations
 
 
 def fast_vectors(
@@ -344,9 +343,10 @@ def _jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     A fixed number of sweeps of rotations of disjoint pairs (Brent & Luk 1985); p is even.
     """
     size = matrix.shape[-1]
+    sweeps = math.ceil(2 * math.log2(size)) - 1  # by trial: enough for the steepest matrices
     turns = _turns(size, matrix.dtype, matrix.device)
     basis = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    for _ in range(SWEEPS * (size - 1)):
+    for _ in range(sweeps * (size - 1)):
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         coupling = matrix.diagonal(offset=1, dim1=-2, dim2=-1)[:, 0::2]
         tangent = 2 * coupling / (diagonal[:, 0::2] - diagonal[:, 1::2])
