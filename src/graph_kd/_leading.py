@@ -77,7 +77,8 @@ def fast_vectors(
                 right = torch.nn.functional.normalize(right @ matrix, dim=-1)  # Mᵀu = σv
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right * torch.copysign(torch.ones_like(along), along)
-            results[i] = (right, null, values[:, :k].clone(), grams[i], doubtful)
+            own = (values[:, :k].clone(), grams[i], doubtful.clone())  # they share no memory
+            results[i] = (right, null, *own)
     return results
 
 
