@@ -410,15 +410,16 @@ def test_float32_products_are_whole_whatever_the_user_allows_other_layers(monkey
     not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9 nothing is inherited"
 )
 def test_a_precision_that_was_inherited_stays_so():
-    backends = torch.backends
-    before = backends.fp32_precision
+    backends, matmul = torch.backends, torch.backends.mkldnn.matmul
+    before, own = backends.fp32_precision, matmul.fp32_precision
     try:
+        matmul.fp32_precision = "none"  # another test may have set it
         backends.fp32_precision = "tf32"
         SVDFeature(1)(relu_noise((4, 5, 24)))
         backends.fp32_precision = "ieee"
         assert precision() == "ieee"
     finally:
-        backends.fp32_precision = before
+        backends.fp32_precision, matmul.fp32_precision = before, own
 
 
 # torch.compile itself makes a Function object to trace one.
