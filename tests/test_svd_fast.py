@@ -234,6 +234,15 @@ def test_maps_solved_together_have_the_vectors_that_they_have_alone():
         assert not found.null.any()
 
 
+@forms
+def test_vectors_that_are_not_wanted_make_no_sample_doubtful(capturable):
+    """One map is asked for one vector, and its next values are equal; another is asked for more."""
+    equal = matrix_of([3.0, 2.0, 2.0, 2.0, *[0.5] * 20], 36, 24)[0].float()
+    maps = [equal, rows_of(relu_noise((6, 6, 24)))]
+    found = top_singular_vectors(maps, [1, 4], ["a", "b"], capturable=capturable)
+    assert not any(part.doubtful.any() for part in found)
+
+
 @pytest.mark.parametrize("shape", [(40, 16), (16, 40)])
 def test_the_gradient_of_a_doubtful_sample_is_bounded_without_the_host(shape):
     gap, size = 1e-5, min(shape)
