@@ -32,8 +32,8 @@ class TopVectors(NamedTuple):
         - values: squared singular values, largest first, ``b k``; float64 maps: all, ``b s``, not
           squared
         - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: all vectors, ``b s c``
-        - doubtful: which samples want float64, ``b``; unless capturable, on the host, and they have
-          got it
+        - doubtful: which samples need float64, ``b``. Unless capturable, they have been decomposed
+          in float64, and the flags are on the host
         - rows: the maps, ``b n c``
     """
 
@@ -86,7 +86,7 @@ def _find(
         if fast:
             solved = fast_vectors([maps[i] for i in fast], [counts[i] for i in fast], capturable)
             results.update(zip(fast, solved, strict=True))
-        if fast and not capturable:  # here, and nowhere else, the host waits for the device
+        if fast and not capturable:  # the one sync
             doubtful = torch.cat([found[4] for found in solved]).cpu()
             lengths = [len(maps[i]) for i in fast]
             for i, part in zip(fast, torch.split(doubtful, lengths), strict=True):
@@ -181,9 +181,9 @@ def _fake_gradient(rows: Tensor, *_others: Any) -> Tensor:
 
 
 def _operators(name: str, run: Any, fake: Any, schema: str) -> dict[bool, Any]:
-    """Make an operation opaque to `torch.compile`, as its course depends on the content of maps.
+    """Make an operation opaque to `torch.compile`: its control flow depends on the maps' content.
 
-    Twice: CUDA graphs must leave out the one that waits for the device, not the capturable one.
+    There are two, by ``capturable``: CUDA graphs must leave out the one that syncs.
     """
     syncs = getattr(torch.Tag, "cudagraph_unsafe", None)
     operators = {}
