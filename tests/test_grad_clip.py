@@ -140,14 +140,11 @@ def test_a_parameter_keeps_the_gradient_of_the_one_loss_that_reaches_it_or_none(
     assert factors == pytest.approx([1.0, 0.1])
 
 
-@pytest.mark.parametrize(
-    ("gate", "merged"), [("norm", 2.5), ("sigmoid", 7.3106), (shrinking, 2 / 2.6)]
-)
-def test_attention_heads_are_bounded_by_the_norm_of_all_task_gradients(gate, merged):
+def test_attention_heads_are_bounded_by_the_norm_of_all_task_gradients():
     """A parameter that only the transfer loss reaches has no task gradient of its own."""
     task = [torch.tensor([3.0]), torch.tensor([4.0]), None]
-    gradients, _ = merge(task, [None, None, torch.tensor([10.0])], gate, bound=0.5)
-    assert gradients[2].item() == pytest.approx(merged if gate != shrinking else 50 / 26, rel=1e-4)
+    gradients, _ = merge(task, [None, None, torch.tensor([10.0])], bound=0.5)
+    assert [g.item() for g in gradients] == [3.0, 4.0, 2.5]
 
 
 @scopes
@@ -403,25 +400,15 @@ def test_what_was_not_left_there_untouched_is_task_gradient(change, by_wrapper):
         assert torch.equal(stood, values)
 
 
-def shared_task(a, b, c):
-    return (a + b).sum() + c.sum(), (c * 3).sum()
+SHARED = {
+    "task": lambda a, b, c: ((a + b).sum() + c.sum(), (c * 3).sum()),
+    "transfer": lambda a, b, c: (c.sum(), (a + b).sum()),
+    "both": lambda a, b, c: ((a + b + c).sum(), (a + b + c).square().sum()),
+    "skipped": lambda a, b, c: ((a + b + c).sum(), (a + b + c).sum() * math.nan),
+}
 
 
-def shared_everywhere(a, b, c):
-    return (a + b + c).sum(), (a + b + c).square().sum()
-
-
-def shared_and_skipped(a, b, c):
-    return (a + b + c).sum(), (a + b + c).sum() * float("nan")
-
-
-def shared_transfer(a, b, c):
-    return c.sum(), (a + b).sum()
-
-
-@pytest.mark.parametrize(
-    "both", [shared_task, shared_everywhere, shared_and_skipped, shared_transfer]
-)
+@pytest.mark.parametrize("both", SHARED.values(), ids=SHARED.keys())
 def test_parameters_that_share_a_gradient_get_memory_of_their_own(both):
     a, b, c = (torch.full((3,), float(n), requires_grad=True) for n in (1, 2, 3))
     optimizer = GatedGradClip(SGD([a, b, c], lr=0.1))
