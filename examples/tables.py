@@ -202,7 +202,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             {"method": TITLES[method], **settings}
             | {"accuracy, %": spread(group["accuracy"])}
-            | {"over the student": spread(group["gain"], "+"), "95 %": interval(group["gain"])}
+            | {"gain, points": spread(group["gain"], "+"), "95 % interval": interval(group["gain"])}
             | {"training loss": spread(group["loss"])}
         )
     text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)

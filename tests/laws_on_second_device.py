@@ -24,7 +24,6 @@ from graph_kd import (
     SVDFeature,
     align_singular_vectors,
 )
-from graph_kd._leading import _jacobi
 from graph_kd._precision import has_float64
 from graph_kd._svd import top_singular_vectors
 
@@ -127,10 +126,21 @@ def test_syncs_are_the_documented_ones(device, settings):
     assert seen.waits == 0, seen.where
 
 
-def test_a_step_stays_within_its_launches(device):
-    *_, seen = step(NAME, counting=device.counting)
-    # Of the solver some 400, of the two gradients' way through the student some 40.
-    assert seen.launches <= 770, seen.by_op.most_common(10)
+@pytest.mark.parametrize(("capturable", "most"), [(False, 770), (True, 2400)])
+def test_a_step_stays_within_its_launches(device, capturable, most):
+    *_, seen = step(NAME, counting=device.counting, capturable=capturable)
+    # Of the solver some 400, of the two gradients' way through the student some 40. Without the
+    # host, rotations that decompose small matrices are some 1,400 more.
+    assert seen.launches <= most, (seen.launches, seen.by_op.most_common(10))
+
+
+@on_device
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(bad):
+    features = torch.randn(4, 24, 6, 6)
+    features[2, 3, 4, 5] = bad
+    with pytest.raises(ValueError, match=r"`features` must be finite; .*in 1 of 4"):
+        SVDFeature(2)(features.to(NAME))
 
 
 @on_device
@@ -202,15 +212,6 @@ def test_vectors_and_their_gradient_are_those_of_the_cpu(shape):
         results.append((held(vectors.detach()), held(features.grad)))
     for wanted, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-
-
-@pytest.mark.parametrize("size", [2, 6, 8])
-def test_rotations_find_the_eigenpairs(size):
-    matrix = torch.randn(20, size, size, generator=torch.Generator().manual_seed(0)).double()
-    matrix = matrix @ matrix.mT
-    values, basis = _jacobi(matrix)
-    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close((basis * values[:, None]) @ basis.mT, matrix, rtol=1e-6, atol=1e-6)
 
 
 @on_device

@@ -1,97 +1,212 @@
-"""The shared checks: what passes comes back, what does not is named with the rule."""
+"""Every refusal names the argument, what was expected and what came, and often the fix."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from einops import rearrange
 
-from graph_kd._checks import check_choice, check_count, check_floating, check_positive
+from graph_kd import GatedGradClip, GraphTransferLoss, MultiHeadGraphEstimator, SVDFeature
 
-
-@pytest.mark.parametrize(("value", "minimum"), [(1, 1), (7, 1), (0, 0), (-4, -4)])
-def test_count_returns_an_int_from_the_minimum_on(value, minimum):
-    assert check_count("k", value, minimum) is value
+CHANNELS = (6, 8, 10)
 
 
-@pytest.mark.parametrize("value", [True, False, 1.0, "2", None, torch.tensor(2)])
-def test_count_rejects_what_is_no_int(value):
-    kind = type(value).__name__
-    with pytest.raises(TypeError, match=rf"^`k` must be an int; got .* \({kind}\)\.$"):
-        check_count("k", value)
+def maps(channels=CHANNELS, batch=6, size=(4, 5), **changed):
+    """Return features of a network; ``p1=…`` replaces those of point 1."""
+    made = [torch.ones(batch, c, *size) for c in channels]
+    for name, tensor in changed.items():
+        made[int(name[1:])] = tensor
+    return made
 
 
-@pytest.mark.parametrize(("value", "minimum"), [(0, 1), (-3, 1), (1, 2), (-5, -4)])
-def test_count_rejects_less_than_the_minimum(value, minimum):
-    with pytest.raises(ValueError, match=rf"^`k` must be an int ≥ {minimum}; got {value}\.$"):
-        check_count("k", value, minimum)
+def moved(features, axis):
+    return [m.movedim(1, axis) for m in features]
 
 
-def test_count_begins_at_one():
-    assert check_count("k", 1) == 1
-    with pytest.raises(ValueError, match="≥ 1; got 0"):
-        check_count("k", 0)
+def named(keys="abc"):
+    return dict.fromkeys(keys, torch.ones(6, 6, 4, 5))
 
 
-@pytest.mark.parametrize("value", [1, 0.5, 1e-300, 1e300])
-def test_positive_returns_a_float(value):
-    checked = check_positive("bound", value)
-    assert type(checked) is float
-    assert checked == value
+def estimator(front, back, **settings):
+    return MultiHeadGraphEstimator(5, 7, 2).attention_logits(front, back, **settings)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -0.0, -1, math.inf, -math.inf, math.nan])
-def test_positive_rejects_what_is_not_finite_and_above_zero(value):
-    with pytest.raises(ValueError, match=rf"^`bound` must be a finite number > 0; got {value}\.$"):
-        check_positive("bound", value)
+def gated(**settings):
+    return GatedGradClip(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), **settings)
 
 
-@pytest.mark.parametrize("value", [True, "1", None, 1j, torch.tensor(1.0)])
-def test_positive_rejects_what_is_no_number(value):
-    kind = type(value).__name__
-    with pytest.raises(TypeError, match=rf"^`bound` must be a number; got .* \({kind}\)\.$"):
-        check_positive("bound", value)
+loss = partial(GraphTransferLoss, CHANNELS)
+heads = partial(MultiHeadGraphEstimator, 5, 7)
+ONES, BACK, TENSOR = torch.ones(4, 5), torch.ones(4, 7), torch.tensor(2)
+
+SETTINGS = [
+    # Counts.
+    *[(partial(SVDFeature, v), TypeError, rf"^`k` must be an int; got .* \({type(v).__name__}\)\.$")
+      for v in (True, False, 1.0, "2", None, TENSOR)],
+    (partial(SVDFeature, 0), ValueError, r"^`k` must be an int ≥ 1; got 0\.$"),
+    (partial(SVDFeature, -3), ValueError, r"^`k` must be an int ≥ 1; got -3\.$"),
+    (partial(SVDFeature, channel_dim=-5), ValueError, r"^`channel_dim` must be .* ≥ -4; got -5"),
+    (partial(loss, k=5), ValueError, r"`student_k` must be an int ≥ 5; got 4"),
+    (partial(loss, num_heads=0), ValueError, r"`num_heads` must be an int ≥ 1; got 0"),
+    (partial(loss, block_rows=0), ValueError, r"`block_rows` must be an int ≥ 1; got 0"),
+    (partial(MultiHeadGraphEstimator, 0, 2), ValueError, r"`front_channels` .* ≥ 1; got 0"),
+    (partial(MultiHeadGraphEstimator, 2, 0), ValueError, r"`back_channels` .* ≥ 1; got 0"),
+    (partial(heads, num_heads=0), ValueError, r"`num_heads` .* ≥ 1; got 0"),
+    (partial(heads, head_channels=0), ValueError, r"`head_channels` .* ≥ 1; got 0"),
+    # Other numbers, switches and choices.
+    *[(partial(gated, bound=v), ValueError, rf"^`bound` must be a finite number > 0; got {v}\.$")
+      for v in (0, 0.0, -0.0, -1, math.inf, -math.inf, math.nan)],
+    *[(partial(gated, bound=v), TypeError, rf"`bound` .* number; got .* \({type(v).__name__}\)\.$")
+      for v in (True, "1", None, 1j, torch.tensor(1.0))],
+    (partial(loss, capturable=1), TypeError, r"`capturable` must be True or False; got 1\."),
+    (partial(heads, drop_heads="no"), TypeError, r"`drop_heads` must be True or False; got 'no'"),
+    *[(partial(gated, gate=v), ValueError, rf"`gate` .* 'sigmoid' or a callable; got {v!r}\.$")
+      for v in ("Norm", "", None, 0, 1.5)],
+    (partial(gated, scope=abs), ValueError, r"^`scope` must be one of 'parameter', 'global'; got"),
+    (partial(loss, squash="sqrt"), ValueError, r"`squash` .* None, 'scaled', 'tanh' or a callable"),
+    (partial(loss, reduction="mean"), ValueError, r"`reduction` must be one of .*; got 'mean'"),
+    (partial(loss, process_group=1), TypeError, r"`process_group` must be a torch.distr.*; got 1"),
+    # Channels and their axis.
+    (partial(GraphTransferLoss, None), ValueError, r"`channels` must list .* got None"),
+    (partial(GraphTransferLoss, 64), ValueError, r"`channels` must list .* got 64"),
+    (partial(GraphTransferLoss, "64"), ValueError, r"`channels` must list .* got '64'"),
+    (partial(GraphTransferLoss, [64]), ValueError, r"`channels` .* at least two .* got \[64\]"),
+    (partial(GraphTransferLoss, [64, 0]), ValueError, r"`channels\[1\]` .* int ≥ 1; got 0"),
+    (partial(loss, student_channels=[4, 8]), ValueError, r"one entry .* 3 .*; got \[4, 8\]"),
+    (partial(loss, student_channels=8), ValueError, r"`student_channels` must list .*got 8"),
+    (partial(loss, student_channels=[4, 8, 0]), ValueError, r"`student_channels\[2\]` .*; got 0"),
+    *[(partial(loss, channel_dim=v), ValueError, "`channel_dim` must name an axis of maps")
+      for v in (0, 5, -5, (1, 0))],
+    *[(partial(loss, channel_dim=v), TypeError, "`channel_dim` must be an int, None, or a pair")
+      for v in ("last", (1, 2, 3), True, 1.0)],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("or_callable", [True, False])
-@pytest.mark.parametrize("value", ["a", "b", None])
-def test_choice_accepts_each_of_the_choices(value, or_callable):
-    check_choice("gate", value, ("a", "b", None), or_callable=or_callable)
+@pytest.mark.parametrize(("call", "error", "message"), SETTINGS)
+def test_rejects_settings_that_do_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
-def test_choice_accepts_a_callable_only_where_one_is_taken():
-    check_choice("gate", abs, ("a",), or_callable=True)
-    with pytest.raises(ValueError, match=r"^`gate` must be one of 'a'; got <built-in"):
-        check_choice("gate", abs, ("a",), or_callable=False)
-
-
-@pytest.mark.parametrize("value", ["A", "", None, 0, 1.5])
-def test_choice_lists_what_there_is(value):
-    with pytest.raises(ValueError, match=rf"^`gate` must be one of 'a', 'b'; got {value!r}\.$"):
-        check_choice("gate", value, ("a", "b"), or_callable=False)
-    with pytest.raises(ValueError, match=rf"one of 'a', 'b' or a callable; got {value!r}\.$"):
-        check_choice("gate", value, ("a", "b"), or_callable=True)
-
-
-def test_choice_shows_none_among_the_choices():
-    with pytest.raises(ValueError, match=r"^`squash` must be one of None, 'tanh'; got 'relu'\.$"):
-        check_choice("squash", "relu", (None, "tanh"), or_callable=False)
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(SVDFeature, 7),
+        partial(SVDFeature, channel_dim=-4),
+        partial(loss, squash=torch.tanh, k=4, student_k=4, channel_dim=[-4, 4]),
+        partial(gated, bound=1e-300, gate=abs, scope="global"),
+        partial(gated, bound=1),
+    ],
+)
+def test_accepts_settings_up_to_their_limits(call):
+    call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floating_returns_the_very_tensor(dtype):
-    value = torch.zeros(2, dtype=dtype)
-    assert check_floating("features", value) is value
+def test_accepts_every_floating_point_type(dtype):
+    assert SVDFeature()(torch.ones(2, 3, dtype=dtype)).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_floating_rejects_other_kinds_and_says_how_to_convert(dtype):
-    message = rf"^`features` must be a floating-point tensor; got {dtype}\. Convert .*`\.float\(\)`"
-    with pytest.raises(TypeError, match=message):
-        check_floating("features", torch.zeros(2, dtype=dtype))
+CONVERT = r"^`features` must be a floating-point tensor; got {}\. Convert it with `\.float\(\)`"
+VALUES = [
+    *[(partial(SVDFeature(), torch.zeros(2, 3, dtype=d)), TypeError, CONVERT.format(d))
+      for d in (torch.int64, torch.uint8, torch.bool, torch.complex64)],
+    *[(partial(SVDFeature(), v), TypeError, rf"`features` must be a tensor; got {type(v).__name__}")
+      for v in (None, 1.0, [torch.zeros(2)], "x")],
+    (partial(estimator, torch.ones(4, 3), BACK), ValueError, r"`front` .*s, 5\); got \(4, 3\)"),
+    (partial(estimator, ONES, torch.ones(4)), ValueError, r"`back` must have shape \(samples, 7\)"),
+    (partial(estimator, ONES[:1], BACK[:1]), ValueError, r"at least 2 samples.*got 1 and 1"),
+    (partial(estimator, ONES, BACK[:1]), ValueError, r"at least 2 samples.*got 4 and 1"),
+    (partial(estimator, ONES.int(), BACK), TypeError, r"`front` must be a floating"),
+    (partial(estimator, ONES.double(), BACK), TypeError, r"`front` .*float32 on cpu"),
+    (partial(estimator, ONES, BACK.to("meta")), TypeError, r"`back` .*float32 on cpu.*on meta"),
+    (partial(estimator, None, BACK), TypeError, r"`front` must be a tensor; got NoneType"),
+    (partial(heads(2), ONES, BACK, kept_heads=torch.ones(4, 2)), ValueError,
+     r"`kept_heads` must have shape .* = \(2, 4\); got \(4, 2\)"),
+    (partial(loss(), maps(), maps(batch=5)), ValueError, r"`teacher_features\[0\]` .* same 6 sam"),
+    (partial(loss().graphs, maps(), of=1), ValueError, r"`of` .* 'teacher', 'student'; got 1"),
+    *[(partial(loss(squash=s), maps(), maps()), ValueError, r"`squash` must return logits of")
+      for s in (lambda s: s.mean(-1, keepdim=True), lambda _: None)],
+    (partial(loss(k=2), maps(), maps(size=(1, 1))), ValueError,
+     r"`k` must be at most .* `teacher_features\[0\]`; got 2"),
+    *[(partial(loss(), named(keys), named()), ValueError, r"`student_features` must have the keys "
+       r"\['a', 'b', 'c'\], .*got \['a', 'b'.*by position") for keys in ("abd", "ab", "abcd")],
+    (partial(loss(channel_dim=4).estimator_loss, maps()), ValueError,
+     r"`channel_dim` must name an axis of `teacher_features\[0\]`"),
+    (partial(loss(channel_dim=-1).estimator_loss, maps()), ValueError,
+     r"6 channels on axis 3.*Axis 1 has 6.*channel_dim=1"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [None, 1.0, [torch.zeros(2)], "x"])
-def test_floating_rejects_what_is_no_tensor(value):
-    kind = type(value).__name__
-    with pytest.raises(TypeError, match=rf"^`features` must be a tensor; got {kind}\.$"):
-        check_floating("features", value)
+@pytest.mark.parametrize(("call", "error", "message"), VALUES)
+def test_rejects_values_that_do_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+VIDEO = [torch.ones(6, c, 2, 2, 5) for c in CHANNELS]
+FEATURES = [
+    ([], ValueError, r"` must hold 3 tensors, .*channels=\[6, 8, 10\]; got 0"),
+    (maps()[:2], ValueError, r"` must hold 3 tensors, .*; got 2"),
+    (torch.ones(6, 6, 4, 4), TypeError, r"` must be a list with one tensor .*; got Tensor"),
+    (None, TypeError, r"` must be a list with one tensor .*; got NoneType"),
+    (maps(p1=None), TypeError, r"\[1\]` must be a tensor; got NoneType"),
+    (maps(p2=torch.ones(6, 10, 4, 4).int()), TypeError, r"\[2\]` .* got torch.int32"),
+    (maps(p1=torch.ones(8)), ValueError, r"\[1\]` must have axes .* got shape \(8,\)"),
+    (maps(p1=torch.ones(6, 9, 4, 4)), ValueError, r"\[1\]` must have 8 channels.*got 9"),
+    (maps(p2=torch.ones(5, 10, 4, 4)), ValueError, r"\[2\]` must hold the same 6 .*got 5"),
+    (maps(p1=torch.ones(9, 6, 8)), ValueError, r"the same 6 samples.*got 9.*Axis 0 is the batch"),
+    (maps(p1=torch.full((6, 8, 4, 4), torch.nan)), ValueError, r"\[1\]` must be finite"),
+    (maps(p1=torch.ones(6, 8, 4, 4, device="meta")), ValueError, r"\[1\]` must be on cpu"),
+    (maps(p0=torch.ones(6, 6, 0, 4)), ValueError, r"\[0\]` must have at least one posit"),
+    (maps(p1=maps()[1].double()), TypeError, r"\[1\]` of torch.float64 .*float32.*\.to\(tor"),
+    # Maps that would fit with another axis are told which.
+    (moved(maps(), -1), ValueError, r"Axis -1 has 6: if .*, pass channel_dim=-1"),
+    (moved(maps(), 2), ValueError, r"Axis 2 has 6: .* pass channel_dim=2"),
+    (moved(VIDEO, -1), ValueError, r"Axis -1 has 6: .*channel_dim=-1"),
+    ([rearrange(m, "b c h w -> b c (h w)") for m in maps()], ValueError,
+     r"\[0\]` must have 6 .*Axis 1 has 6: .* tokens `b n c`; .*Conv1d.*`features\.mT`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("features", "error", "message"), FEATURES)
+def test_rejects_features_that_do_not_fit_and_names_the_point(features, error, message):
+    with pytest.raises(error, match="`teacher_features.*" + message):
+        loss().estimator_loss(features)
+    with pytest.raises(error, match="`student_features.*" + message):
+        loss()(features, maps())
+    with pytest.raises(error, match="`teacher_features.*" + message):
+        loss()(maps(), features)
+
+
+def test_rejects_a_single_sample():
+    for call in (loss().estimator_loss, partial(loss(), maps(batch=1))):
+        with pytest.raises(ValueError, match=r"_features\[0\]` .* at least 2 samples.*got 1"):
+            call(maps(batch=1))
+
+
+@pytest.mark.parametrize("features", [maps((6, 9, 10)), maps((6, 7, 10))])
+def test_only_a_student_is_told_of_student_channels(features):
+    with pytest.raises(ValueError, match=r"`student_features\[1\]` .*`student_channels`"):
+        loss()(features, maps())
+    with pytest.raises(ValueError, match=r"`teacher_features\[1\]` must have 8 [^`]*$"):
+        loss()(maps(), features)
+    with pytest.raises(ValueError, match=r"as student_channels\[1\] says; got . in shape [^`]*$"):
+        loss(student_channels=[6, 5, 10])(features, maps())
+
+
+def test_a_student_whose_height_is_the_teachers_channels_is_told_of_both_ways():
+    student = [torch.ones(6, c // 2, c, c) for c in CHANNELS]
+    with pytest.raises(ValueError, match=r"Axis 2 and axis -1 has 6.*`student_channels`"):
+        loss()(student, maps())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+def test_quantised_maps_are_told_to_dequantise():
+    quantised = [torch.quantize_per_tensor(m, 0.1, 0, torch.quint8) for m in maps()]
+    with pytest.raises(TypeError, match=r"`student_features\[0\]` .*quint8.*`\.dequantize\(\)`"):
+        loss()(quantised, quantised)
+    with pytest.raises(TypeError, match=r"`features` .*`\.dequantize\(\)`"):
+        SVDFeature()(quantised[0])

@@ -23,67 +23,83 @@ from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 from graph_kd._distributed import average_over_processes, gather_rows
 
 POINTS = ["1", "3", "5"]
-CHANNELS = [4, 5, 6]
-BATCH = 8
-STEPS = 10
+TEACHER, STUDENT = [6, 8, 10], [3, 5, 4]
+BATCH = 4  # of all processes: one sample for each of four
+STEPS = 6
 PRECISIONS = [torch.float32, torch.float64, torch.float16] * 2
-FORMS = ["plain", "ddp", "accumulated"]
+FORMS = {
+    "sum": {},
+    "batchmean": {"reduction": "batchmean"},
+    "ddp": {"ddp": True},
+    "ddp, batchmean": {"ddp": True, "reduction": "batchmean"},
+    "accumulated": {"calls": 2},
+    "own heads": {"student_channels": STUDENT},
+    "own heads, batchmean, eval": {
+        "student_channels": STUDENT,
+        "reduction": "batchmean",
+        "training": False,
+    },
+    "own heads, equal": {"student_channels": TEACHER},
+    "rank-deficient": {"deficient": True},
+    "own heads, rank-deficient": {"student_channels": STUDENT, "deficient": True},
+}
 
 
-def network(seed):
+def network(seed, channels=TEACHER, deficient=False):
+    """Rank-deficient: ReLU maps of 2 × 2 positions have a rank of at most four, often of less."""
     torch.manual_seed(seed)
     layers, incoming = [], 3
-    for channels in CHANNELS:
-        layers += [nn.Conv2d(incoming, channels, 3, padding=1), nn.Tanh()]
-        incoming = channels
+    for width in channels:
+        layers += [nn.Conv2d(incoming, width, 3, padding=1), nn.ReLU() if deficient else nn.Tanh()]
+        incoming = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(incoming, 4)]
     return nn.Sequential(*layers).double()
 
 
-def batch(step):
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(BATCH, 3, 6, 6, generator=generator, dtype=torch.float64)
-    return images, torch.randint(4, (BATCH,), generator=generator)
+def train(group, *, ddp=False, calls=1, training=True, deficient=False, **settings):
+    """Train heads and student on this process's part of each batch.
 
-
-def train(form, reduction, group):
-    """Train heads and student, on this process's part of each batch; return parameters, losses."""
+    Return parameters, buffers, losses and graphs.
+    """
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    student, teacher = network(1), network(2).requires_grad_(False)
+    student = network(1, settings.get("student_channels", TEACHER), deficient)
+    teacher = network(2, TEACHER, deficient).requires_grad_(False)
     torch.manual_seed(3)
-    loss = GraphTransferLoss(CHANNELS, 3, reduction=reduction, process_group=group).double()
-    if form == "ddp" and group is not None:
+    loss = GraphTransferLoss(TEACHER, 3, process_group=group, **settings).double()
+    if ddp and group is not None:
         student = DistributedDataParallel(student, process_group=group)
     of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+    size, generator = 2 if deficient else 6, torch.Generator().manual_seed(4)
+    images = torch.randn(STEPS, BATCH, 3, size, size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (STEPS, BATCH), generator=generator)
 
     torch.manual_seed(100 + rank)  # processes draw differently, as they do when they augment
-    heads = torch.optim.SGD(loss.parameters(), lr=0.1)
+    heads = torch.optim.SGD(loss.estimators.parameters(), lr=0.1)
     for step in range(3):
-        teacher(batch(step)[0][mine])
+        teacher(images[step, mine])
         heads.zero_grad()
         loss.estimator_loss(of_teacher).backward()
         heads.step()
 
     losses = []
-    optimizer = GatedGradClip(
-        torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9), process_group=group
-    )
+    loss.train(training)
+    trained = [*student.parameters(), *loss.student_heads.parameters()]
+    optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.1, momentum=0.9), process_group=group)
     for step in range(STEPS):
-        images, labels = (part[mine] for part in batch(step))
         optimizer.zero_grad()
-        for _ in range(2 if form == "accumulated" else 1):
-            teacher(images)
+        for _ in range(calls):
+            teacher(images[step, mine])
             # Without DDP there is nothing to switch off.
-            quiet = getattr(student, "no_sync", torch.enable_grad)
-            with quiet():
-                task = nn.functional.cross_entropy(student(images), labels)
+            with getattr(student, "no_sync", torch.enable_grad)():
+                task = nn.functional.cross_entropy(student(images[step, mine]), labels[step, mine])
                 transfer = loss(of_student, of_teacher)
                 optimizer.backward(task, transfer)
             losses.append(torch.stack([task, transfer]).detach())
         optimizer.step()
+    graphs = loss.graphs(of_student.features, align_to=of_teacher.features)
     parameters = [p.detach().clone() for m in (student, loss) for p in m.parameters()]
-    return parameters, torch.stack(losses), list(loss.buffers())
+    return parameters, list(loss.buffers()), torch.stack(losses), torch.cat(graphs)
 
 
 def refusal():
@@ -96,9 +112,9 @@ def refusal():
 
 
 def unequal_batches(group):
-    loss = GraphTransferLoss(CHANNELS, process_group=group).double()
+    loss = GraphTransferLoss(TEACHER, process_group=group).double()
     try:
-        loss.estimator_loss([torch.ones(2 + group.rank(), c, 2, 2).double() for c in CHANNELS])
+        loss.estimator_loss([torch.ones(2 + group.rank(), c, 2, 2).double() for c in TEACHER])
     except ValueError as error:
         return str(error)
     return None
@@ -177,14 +193,14 @@ def other_leaves(group, kind):
 
 def through_subgroup(group):
     """Use a group whose only process has another rank in the world."""
-    results = [train("plain", "sum", group)]
+    results = [train(group)]
     rows = torch.full((2, 3), 2.0, requires_grad=True)
     gathered = gather_rows(rows, group)
     gathered.square().sum().backward()
     results += [gathered.detach(), rows.grad, two_owners(group)]
-    loss = GraphTransferLoss(CHANNELS, process_group=group).double()
+    loss = GraphTransferLoss(TEACHER, process_group=group).double()
     generator = torch.Generator().manual_seed(3)
-    features = [torch.randn(3, c, 2, 2, generator=generator).double() for c in CHANNELS]
+    features = [torch.randn(3, c, 2, 2, generator=generator).double() for c in TEACHER]
     return [*results, loss.estimator_loss(features).isfinite().item()]
 
 
@@ -206,15 +222,11 @@ def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    results = {
-        (form, reduction): train(form, reduction, dist.group.WORLD)
-        for form in FORMS
-        for reduction in ("sum", "batchmean")
-    }
-    refusals = {"no group": refusal(), "unequal": unequal_batches(dist.group.WORLD)}
-    params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
-    mixed = average_over_processes(mixed_gradients(rank), params, dist.group.WORLD)
     group = dist.group.WORLD
+    results = {form: train(group, **settings) for form, settings in FORMS.items()}
+    refusals = {"no group": refusal(), "unequal": unequal_batches(group)}
+    params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
+    mixed = average_over_processes(mixed_gradients(rank), params, group)
     ones = [torch.zeros(2), torch.zeros(3)]
     got = {
         "results": results,
@@ -242,16 +254,18 @@ def processes(request, tmp_path_factory):
     return [torch.load(folder / f"{request.param}.{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 @pytest.mark.parametrize("form", FORMS)
-def test_processes_train_as_one_does_on_the_whole_batch(processes, form, reduction):
-    parameters, losses, buffers = train(form, reduction, None)
-    got = [process["results"][form, reduction] for process in processes]
-    for own_parameters, _, own_buffers in got:
+def test_processes_train_as_one_does_on_the_whole_batch(processes, form):
+    parameters, buffers, losses, graphs = train(None, **FORMS[form])
+    got = [process["results"][form] for process in processes]
+    for own_parameters, own_buffers, _, _ in got:
         torch.testing.assert_close(own_parameters, parameters, rtol=0, atol=1e-9)
         torch.testing.assert_close(own_buffers, buffers, rtol=0, atol=1e-9)
-    mean_losses = torch.stack([own_losses for _, own_losses, _ in got]).mean(dim=0)
+    mean_losses = torch.stack([own_losses for _, _, own_losses, _ in got]).mean(dim=0)
     torch.testing.assert_close(mean_losses, losses, rtol=1e-7, atol=1e-9)
+    # Each process has its own rows against all columns.
+    rows = torch.cat([own_graphs for _, _, _, own_graphs in got], dim=1)
+    torch.testing.assert_close(rows, graphs, rtol=0, atol=1e-9)
 
 
 def test_several_processes_without_a_group_are_refused(processes):
@@ -304,7 +318,7 @@ def test_every_process_refuses_leaves_that_differ(processes, kind, counts):
 
 def test_a_subgroup_is_a_group_of_its_own(processes):
     trained, gathered, gradient, owners, finite = processes[1]["subgroup"]
-    torch.testing.assert_close(trained, train("plain", "sum", None), rtol=0, atol=1e-9)
+    torch.testing.assert_close(trained, train(None), rtol=0, atol=1e-9)
     assert torch.equal(gathered, torch.full((2, 3), 2.0))
     assert torch.equal(gradient, torch.full((2, 3), 4.0))
     torch.testing.assert_close(owners, two_owners(None), rtol=0, atol=1e-12)
@@ -333,16 +347,31 @@ def group_of_one(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_group_of_one_process_is_no_group(group_of_one, form, reduction):
-    torch.testing.assert_close(
-        train(form, reduction, group_of_one), train(form, reduction, None), rtol=0, atol=1e-12
-    )
+def test_a_group_of_one_process_is_no_group(group_of_one, form):
+    got, wanted = (train(group, **FORMS[form]) for group in (group_of_one, None))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_group_of_one_process_refuses_a_single_sample(group_of_one):
+    loss = GraphTransferLoss(TEACHER, process_group=group_of_one)
+    with pytest.raises(ValueError, match=r"`teacher_features\[0\]` .* at least 2 samples"):
+        loss.estimator_loss([torch.ones(1, c) for c in TEACHER])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_loss_with_a_group_compiles(group_of_one):
+    torch._dynamo.reset()
+    loss = GraphTransferLoss(TEACHER, 2, process_group=group_of_one)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    maps = [torch.randn(4, c, 3, 3, generator=torch.Generator().manual_seed(0)) for c in TEACHER]
+    student = [m.flip(0) for m in maps]
+    torch.testing.assert_close(compiled(student, maps), loss(student, maps))
+    torch._dynamo.reset()
 
 
 def test_copies_keep_the_group_and_pickles_do_not(group_of_one):
-    loss = GraphTransferLoss(CHANNELS, process_group=group_of_one)
+    loss = GraphTransferLoss(TEACHER, process_group=group_of_one)
     optimizer = GatedGradClip(
         torch.optim.SGD(loss.parameters(), lr=0.1), process_group=group_of_one
     )
@@ -364,7 +393,7 @@ class Squash(nn.Module):
 
 
 def test_deepcopy_follows_cycles():
-    loss = GraphTransferLoss(CHANNELS)
+    loss = GraphTransferLoss(TEACHER)
     loss.squash = Squash(loss)
     twin = copy.deepcopy(loss)
     assert twin.squash.loss is twin

@@ -35,6 +35,20 @@ def vectors(seed=0, count=BATCH):
     return unit_rows(count, FRONT, seed), unit_rows(count, BACK, seed + 1)
 
 
+def test_training_learns_to_predict_the_back_end():
+    torch.manual_seed(0)
+    estimator = MultiHeadGraphEstimator(FRONT, BACK, num_heads=2)
+    front = torch.nn.functional.normalize(torch.randn(64, FRONT), dim=1)
+    back = torch.nn.functional.normalize(front @ torch.randn(FRONT, BACK), dim=1)
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
+    before = estimator.loss(front, back).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        estimator.loss(front, back).backward()
+        optimizer.step()
+    assert estimator.loss(front, back).item() < 0.5 * before
+
+
 @pytest.mark.parametrize("training", [True, False])
 @given(seed=seeds, num_heads=st.integers(1, 4), head_channels=st.sampled_from([None, 3]))
 def test_logits_and_estimate_equal_the_loops(training, seed, num_heads, head_channels):
@@ -97,39 +111,14 @@ def test_some_head_stays_and_some_head_goes_in_every_row(seed, num_heads):
 
 @pytest.mark.parametrize(
     ("settings", "training"),
-    [({"drop_heads": False}, True), ({"num_heads": 1}, True), ({}, False)],
-    ids=["switched off", "single head", "evaluation"],
+    [({}, True), ({"drop_heads": False}, True), ({"num_heads": 1}, True), ({}, False)],
+    ids=["default", "switched off", "single head", "evaluation"],
 )
-def test_no_head_is_dropped_when(settings, training):
+def test_heads_are_dropped_at_random_in_training_alone(settings, training):
     estimator, (front, back) = make(**settings).train(training), vectors()
-    assert estimator.draw_kept_heads(back) is None
-    assert torch.equal(estimator(front, back), estimator(front, back))
-
-
-def test_rejects_kept_heads_of_another_shape():
-    estimator, (front, back) = make(), vectors()
-    wanted = (estimator.num_heads, len(back))
-    with pytest.raises(ValueError, match=rf"`kept_heads` must have shape .* = \({wanted[0]}, "):
-        estimator(front, back, kept_heads=torch.ones(wanted[::-1]))
-
-
-def test_dropped_heads_make_training_random():
-    estimator, (front, back) = make(), vectors()
-    assert not torch.equal(estimator(front, back), estimator(front, back))
-
-
-def test_training_learns_to_predict_the_back_end():
-    torch.manual_seed(0)
-    estimator = MultiHeadGraphEstimator(FRONT, BACK, num_heads=2)
-    front = torch.nn.functional.normalize(torch.randn(64, FRONT), dim=1)
-    back = torch.nn.functional.normalize(front @ torch.randn(FRONT, BACK), dim=1)
-    optimizer = torch.optim.Adam(estimator.parameters(), lr=1e-2)
-    before = estimator.loss(front, back).item()
-    for _ in range(60):
-        optimizer.zero_grad()
-        estimator.loss(front, back).backward()
-        optimizer.step()
-    assert estimator.loss(front, back).item() < 0.5 * before
+    random = training and not settings
+    assert (estimator.draw_kept_heads(back) is not None) == random
+    assert torch.equal(estimator(front, back), estimator(front, back)) != random
 
 
 def test_gradient_reaches_every_parameter_and_both_inputs():
@@ -165,49 +154,11 @@ def test_state_dict_reads_like_the_method():
     assert "num_heads=8, head_channels=20" in repr(estimator)
 
 
-@pytest.mark.parametrize(
-    ("front", "back", "error", "message"),
-    [
-        (
-            torch.ones(4, 3),
-            torch.ones(4, BACK),
-            ValueError,
-            r"`front` .*\(samples, 5\); got \(4, 3",
-        ),
-        (torch.ones(4, FRONT), torch.ones(4), ValueError, r"`back` must have shape \(samples, 7\)"),
-        (torch.ones(1, FRONT), torch.ones(1, BACK), ValueError, r"at least 2 samples.*got 1 and 1"),
-        (torch.ones(4, FRONT).int(), torch.ones(4, BACK), TypeError, r"`front` must be a floating"),
-        (
-            torch.ones(4, FRONT).double(),
-            torch.ones(4, BACK),
-            TypeError,
-            r"`front` .*float32 on cpu",
-        ),
-        (None, torch.ones(4, BACK), TypeError, r"`front` must be a tensor; got NoneType"),
-    ],
-)
-def test_rejects_vectors_that_do_not_fit(front, back, error, message):
-    with pytest.raises(error, match=message):
-        MultiHeadGraphEstimator(FRONT, BACK).attention_logits(front, back)
-
-
 def test_autocast_has_no_effect():
     estimator, (front, back) = make().float().eval(), (rows.float() for rows in vectors())
     wanted = estimator(front, back)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(estimator(front, back), wanted)
-
-
-def test_rejects_a_switch_that_is_no_bool():
-    with pytest.raises(TypeError, match=r"`drop_heads` must be True or False; got 'no'"):
-        MultiHeadGraphEstimator(FRONT, BACK, drop_heads="no")
-
-
-@pytest.mark.parametrize("name", ["front_channels", "back_channels", "num_heads", "head_channels"])
-def test_rejects_sizes_that_are_no_counts(name):
-    sizes = {"front_channels": 2, "back_channels": 2, name: 0}
-    with pytest.raises(ValueError, match=f"`{name}` must be an int ≥ 1; got 0"):
-        MultiHeadGraphEstimator(**sizes)
 
 
 def test_weights_start_from_hes_normal_distribution_by_fan_out_and_the_bias_at_zero():

@@ -76,7 +76,7 @@ def test_gains_are_paired_by_seed():
     others.append(record("mhgd", 0, 41.0, bound=3.0))
     lines = cells(tables.markdown([*others, *alone]))
     assert lines == [
-        ("method", "bound", "accuracy, %", "over the student", "95 %", "training loss"),
+        ("method", "bound", "accuracy, %", "gain, points", "95 % interval", "training loss"),
         ("Student", "–", "45.00 ± 7.07 (2)", "–", "–", "1.50 ± 0.71 (2)"),
         (
             "MHGD",

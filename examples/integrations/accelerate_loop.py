@@ -50,7 +50,7 @@ def train(
     inner = torch.optim.SGD([*student.parameters(), *own_heads], lr=0.1, momentum=0.9)
     gated = GatedGradClip(inner, process_group=group)  # `backward` is called on this handle
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(gated, T_max=100)
-    # Wrap first, prepare then: the other way round, accumulation would be silently wrong.
+    # Wrap before `prepare`: in the other order accumulation would be silently wrong.
     student, optimizer, loader, schedule = accelerator.prepare(student, gated, loader, schedule)
     accelerator.register_for_checkpointing(transfer)  # or a resume has other heads, silently
     scaler = accelerator.scaler  # of mixed_precision="fp16"
@@ -81,7 +81,7 @@ def train(
 
 
 def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, hooks: Any, loader: Any) -> None:
-    """Train the attention heads on the frozen teacher; with real data, until the loss settles."""
+    """Train the attention heads on the frozen teacher; with real data, until convergence."""
     optimizer = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1, momentum=0.9)
     for images, _ in loader:
         teacher(images)

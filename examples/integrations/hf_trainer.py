@@ -69,7 +69,7 @@ class DistillationTrainer(Trainer):
         return task.detach() / self.current_gradient_accumulation_steps
 
     def train_heads(self) -> None:
-        """Train the attention heads on the teacher; with real data, until the loss settles."""
+        """Train the attention heads on the teacher; with real data, until convergence."""
         heads = torch.optim.SGD(self.transfer.estimators.parameters(), lr=0.1, momentum=0.9)
         for inputs in self.get_train_dataloader():
             inputs = self._prepare_inputs(inputs)
@@ -105,7 +105,7 @@ class HeadsCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        if state.global_step > 0:  # it goes on from a checkpoint
+        if state.global_step > 0:  # resumed from a checkpoint
             kept = torch.load(self.path(args, state), map_location=args.device, weights_only=True)
             self.transfer.load_state_dict(kept["heads"])
             model.load_state_dict(kept["model"])

@@ -71,7 +71,7 @@ def train(student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epo
 
 
 def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, hooks: Any, loader: Any) -> None:
-    """Train the attention heads on the frozen teacher; with real data, until the loss settles."""
+    """Train the attention heads on the frozen teacher; with real data, until convergence."""
     optimizer = torch.optim.SGD(transfer.parameters(), lr=0.1, momentum=0.9)
     for images, _ in loader:
         teacher(images)

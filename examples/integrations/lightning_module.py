@@ -32,7 +32,7 @@ def network(kernel: int) -> nn.Sequential:
 
 
 def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, batches: Iterable[Any]) -> None:
-    """Train the attention heads on the frozen teacher; with real data, until the loss settles."""
+    """Train the attention heads on the frozen teacher; with real data, until convergence."""
     optimizer = torch.optim.SGD(transfer.parameters(), lr=0.1, momentum=0.9)
     with FeatureHooks(teacher, POINTS) as of_teacher:
         for images, _ in batches:

@@ -51,7 +51,7 @@ def train(
     batches: Any,
 ) -> None:
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1, momentum=0.9)
-    for images, _ in batches:  # on the teacher alone; with real data, until the loss settles
+    for images, _ in batches:  # on the teacher alone; with real data, until the loss has converged
         with torch.no_grad():
             features = of_teacher(images)[1]
         heads.zero_grad()

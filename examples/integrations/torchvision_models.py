@@ -34,7 +34,7 @@ def train(
     of_student = create_feature_extractor(student, student_nodes)  # it shares the parameters
 
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1, momentum=0.9)
-    for images, _ in batches:  # on the teacher alone; with real data, until the loss settles
+    for images, _ in batches:  # on the teacher alone; with real data, until the loss has converged
         target = of_teacher(images)
         target.pop("logits")  # what is left is paired by its keys
         heads.zero_grad()

@@ -9,7 +9,7 @@ from graph_kd._align import align_singular_vectors
 from graph_kd._estimator import MultiHeadGraphEstimator
 from graph_kd._grad_clip import GatedGradClip
 from graph_kd._hooks import FeatureHooks
-from graph_kd._svd import SVDFeature
+from graph_kd._svd_feature import SVDFeature
 from graph_kd._transfer import GraphTransferLoss
 
 __all__ = [

@@ -43,49 +43,37 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
     """
     nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     leaves = [loss for loss in losses if loss.grad_fn is None]
-    looked_at, kinds = set(nodes), set()
+    looked_at = set(nodes)
     while nodes:
         node = nodes.pop()
-        kinds.add(type(node))
-        following = node.next_functions
-        if not following and type(node) is AccumulateGrad:
+        if type(node) is AccumulateGrad:
             leaves.append(node.variable)
-        for source, _ in following:
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "The student must not use reentrant activation checkpoints: parameters inside them "
+                "get their gradient from `.backward()` only. Pass use_reentrant=False to "
+                "`torch.utils.checkpoint.checkpoint`."
+            )
+        for source, _ in node.next_functions:
             if source is not None and source not in looked_at:
                 looked_at.add(source)
                 nodes.append(source)
-    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds):
-        raise RuntimeError(
-            "The student must not use reentrant activation checkpoints: parameters inside them "
-            "get their gradient from `.backward()` only. Pass use_reentrant=False to "
-            "`torch.utils.checkpoint.checkpoint`."
-        )
     return [leaf for leaf in leaves if leaf.requires_grad]  # frozen after the forward pass
 
 
 def gradients_of(
-    name: str,
-    loss: Tensor,
-    leaves: Sequence[Tensor],
-    held: int,
-    *,
-    retain_graph: bool = False,
+    name: str, loss: Tensor | None, leaves: Sequence[Tensor], held: int, *, retain_graph: bool
 ) -> list[Tensor | None]:
-    """Return the gradients of ``loss``.
-
-    The first ``held`` leaves are the optimizer's; the loss must reach one of them.
-    """
+    """Return the gradients of ``loss``, which must reach one of the first ``held`` leaves."""
+    if loss is None:
+        return [None] * len(leaves)
     gradients: Sequence[Tensor | None] = ()
     if loss.requires_grad:
         try:
             # As `.backward()` should be: autocast would take float32 products in half precision.
             with torch.autocast(loss.device.type, enabled=False):
                 gradients = torch.autograd.grad(
-                    loss,
-                    leaves,
-                    torch.ones_like(loss),
-                    retain_graph=retain_graph,
-                    allow_unused=True,
+                    loss, leaves, retain_graph=retain_graph, allow_unused=True
                 )
         except RuntimeError as error:
             if "donated buffer" not in str(error):
@@ -101,12 +89,10 @@ def gradients_of(
             "gradient. Is the student run, and are its features taken, without `no_grad` and "
             "`detach`?"
         )
-    for place, gradient in enumerate(gradients):
+    for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
-            owner = f"parameter {place}" if place < held else "a tensor outside the optimizer"
             raise ValueError(
-                f"`{name}` must give dense gradients; {owner} of shape "
-                f"{tuple(leaves[place].shape)} gets a sparse one. Build the embedding with "
-                "sparse=False."
+                f"`{name}` must give dense gradients; a parameter of shape {tuple(leaf.shape)} "
+                "gets a sparse one. Build the embedding with sparse=False."
             )
     return list(gradients)

@@ -22,7 +22,9 @@ __all__ = [
     "check_equal_leaves",
     "check_process_group",
     "gather_rows",
-    "rank_and_size",
+    "group_size",
+    "own_part",
+    "send_from_first",
 ]
 
 
@@ -36,22 +38,25 @@ def check_process_group(group: Any) -> dist.ProcessGroup | None:
     )
 
 
-def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return the rank of this process and the size of ``group``; without a group, 0 and 1."""
-    return (0, 1) if group is None else (group.rank(), group.size())
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of processes; one without a group."""
+    return 1 if group is None else group.size()
+
+
+def own_part(gathered: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
+    """Return what this process gave to a gathered tensor."""
+    return gathered if group is None else gathered.chunk(group.size(), dim)[group.rank()]
 
 
 def check_equal_batches(batch: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
     """Refuse batches that differ between processes, before a collective call aborts on them."""
     if group is None or torch.compiler.is_compiling():
         return
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
-    counts[group.rank()] = batch
-    dist.all_reduce(counts, group=group)
-    if len(set(counts.tolist())) > 1:
+    batches = gather_rows(torch.tensor([batch], device=device), group).tolist()
+    if len(set(batches)) > 1:
         raise ValueError(
             "Every process must hold the same number of samples; their batches have "
-            f"{counts.tolist()}. Use a sampler that drops or repeats the last ones."
+            f"{batches}. Use a sampler that drops or repeats the last ones."
         )
 
 
@@ -60,10 +65,8 @@ def check_equal_leaves(
 ) -> None:
     """Refuse tensors outside the optimizer that differ between processes, before they are sent."""
     signature = zlib.crc32(repr([(tuple(p.shape), p.dtype) for p in leaves]).encode())
-    found = torch.zeros(2, group.size(), dtype=torch.int64, device=device)
-    found[:, group.rank()] = torch.tensor([len(leaves), signature], device=device)
-    dist.all_reduce(found, group=group)
-    counts, signatures = found.tolist()
+    found = gather_rows(torch.tensor([[len(leaves), signature]], device=device), group)
+    counts, signatures = found.T.tolist()
     if len(set(signatures)) > 1:
         raise RuntimeError(
             "The losses of every process must reach the same tensors outside the optimizer, in "
@@ -96,6 +99,12 @@ class HoldsProcessGroup:
         return twin
 
 
+def send_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Overwrite the tensor with that of the first process of ``group``."""
+    if group is not None:
+        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+
+
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the rows of all processes of ``group``, in rank order; ``rows`` without a group.
 
@@ -119,7 +128,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone(memory_format=torch.contiguous_format)  # autograd may still use `grad`
         dist.all_reduce(total, group=ctx.group)
-        return total.chunk(ctx.group.size())[ctx.group.rank()], None
+        return own_part(total, ctx.group), None
 
 
 def average_over_processes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -17,9 +18,11 @@ __all__ = [
     "Layout",
     "channel_axis",
     "check_channel_dim",
-    "check_channels",
+    "check_fit_of_heads",
+    "check_layouts",
+    "fits",
     "in_order",
-    "read_rows",
+    "read_matrices",
     "to_rows",
 ]
 
@@ -36,8 +39,22 @@ class Layout(NamedTuple):
     channel_dim: int | None
 
 
-def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
-    """Return channel counts as a tuple."""
+def check_layouts(channels: Any, student_channels: Any, channel_dim: Any) -> tuple[Layout, Layout]:
+    """Return what the teacher's and the student's maps must look like."""
+    teacher_dim, student_dim = check_channel_dim(channel_dim)
+    teacher = Layout("channels", _counts("channels", channels), teacher_dim)
+    if student_channels is None:
+        return teacher, teacher._replace(channel_dim=student_dim)
+    student = Layout("student_channels", _counts("student_channels", student_channels), student_dim)
+    if len(student.channels) != len(teacher.channels):
+        raise ValueError(
+            f"`student_channels` must have one entry for each of the {len(teacher.channels)} "
+            f"sensing points of `channels`; got {list(student.channels)}."
+        )
+    return teacher, student
+
+
+def _counts(argument: str, channels: Any) -> tuple[int, ...]:
     if not isinstance(channels, Sequence) or isinstance(channels, str) or len(channels) < 2:
         raise ValueError(
             f"`{argument}` must list the channel counts of at least two sensing points, front to "
@@ -95,8 +112,19 @@ def to_rows(features: Tensor, *, name: str = "features", channel_dim: int | None
     return rearrange(channels_last, "b ... c -> b (...) c")
 
 
-def in_order(name: str, features: Any, names: tuple[Any, ...] | None) -> list[Any]:
-    """Return the maps as a list; those of a mapping in the order of ``names``, if there are any."""
+def in_order(
+    keys: tuple[Any, ...] | None, **features: Any
+) -> tuple[tuple[Any, ...] | None, dict[str, list[Any]]]:
+    """Return the order of the keys of mappings, and the maps of each network as a list.
+
+    The order is ``keys``, else that of the last mapping: in every call the teacher's.
+    """
+    mappings = [tuple(given) for given in features.values() if isinstance(given, Mapping)]
+    keys = keys or (mappings[-1] if mappings else None)
+    return keys, {name: _as_list(name, given, keys) for name, given in features.items()}
+
+
+def _as_list(name: str, features: Any, keys: Any) -> list[Any]:
     if isinstance(features, Tensor) or not isinstance(features, Iterable):
         raise TypeError(
             f"`{name}` must be a list with one tensor a sensing point; "
@@ -104,42 +132,79 @@ def in_order(name: str, features: Any, names: tuple[Any, ...] | None) -> list[An
         )
     if not isinstance(features, Mapping):
         return list(features)
-    if names is None:
-        return list(features.values())
-    if set(features) != set(names):
+    if set(features) != set(keys):
         raise ValueError(
-            f"`{name}` must have the keys {list(names)}, as the first mapping this loss was given; "
+            f"`{name}` must have the keys {list(keys)}, as the first mapping this loss was given; "
             f"got {list(features)}. Maps are paired by key. To pair them by position, pass "
             "`list(features.values())` of both networks, in the order of `channels`."
         )
-    return [features[key] for key in names]
+    return [features[key] for key in keys]
 
 
-def read_rows(
-    name: str, maps: list[Any], layout: Layout, *, batch: int | None = None
-) -> list[Tensor]:
-    """Check the maps of one network against its layout; return them as matrices ``b n c``."""
-    if len(maps) != len(layout.channels):
-        raise ValueError(
-            f"`{name}` must hold {len(layout.channels)} tensors, one for each entry of "
-            f"{layout.argument}={list(layout.channels)}; got {len(maps)}."
-        )
-    rows = []
-    for p, features in enumerate(maps):
-        point = f"{name}[{p}]"
-        check_floating(point, features)
-        channel_dim = layout.channel_dim if features.ndim >= 4 else None
-        axis = channel_axis(features, point, channel_dim)
-        if features.shape[axis] != layout.channels[p]:
-            raise ValueError(_wrong_channels(point, p, features, axis, layout))
-        batch = len(features) if batch is None else batch
-        if len(features) != batch:
+def read_matrices(
+    maps: dict[str, list[Any]], layouts: Sequence[Layout], *, fewest: int
+) -> list[dict[str, Tensor]]:
+    """Return the maps of each network as matrices ``b n c`` that fit, by their names in errors."""
+    networks: list[dict[str, Tensor]] = []
+    batch = None
+    for (name, of_one), layout in zip(maps.items(), layouts, strict=True):
+        if len(of_one) != len(layout.channels):
             raise ValueError(
-                f"`{point}` must hold the same {batch} samples as the points before it; "
-                f"got {len(features)} in shape {tuple(features.shape)}. Axis 0 is the batch."
+                f"`{name}` must hold {len(layout.channels)} tensors, one for each entry of "
+                f"{layout.argument}={list(layout.channels)}; got {len(of_one)}."
             )
-        rows.append(to_rows(features, name=point, channel_dim=channel_dim))
-    return rows
+        networks.append({})
+        for p, features in enumerate(of_one):
+            point = f"{name}[{p}]"
+            check_floating(point, features)
+            channel_dim = layout.channel_dim if features.ndim >= 4 else None
+            axis = channel_axis(features, point, channel_dim)
+            if features.shape[axis] != layout.channels[p]:
+                raise ValueError(_wrong_channels(point, p, features, axis, layout))
+            batch = len(features) if batch is None else batch
+            if len(features) != batch:
+                raise ValueError(
+                    f"`{point}` must hold the same {batch} samples as the points before it; "
+                    f"got {len(features)} in shape {tuple(features.shape)}. Axis 0 is the batch."
+                )
+            if batch < fewest:
+                raise ValueError(
+                    f"`{point}` must hold at least 2 samples: a graph relates samples to each "
+                    f"other; got {batch}. Drop the last incomplete batch of an epoch."
+                )
+            networks[-1][point] = to_rows(features, name=point, channel_dim=channel_dim)
+    return networks
+
+
+def fits(maps: list[Any], layout: Layout) -> bool:
+    """Return whether maps are those of a network of this layout."""
+    try:
+        read_matrices({"features": maps}, [layout], fewest=0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def check_fit_of_heads(
+    matrices: dict[str, Tensor], dtype: torch.dtype, device: torch.device, *, capturable: bool
+) -> None:
+    """Check that the vectors of these matrices can enter attention heads of a dtype."""
+    for point, matrix in matrices.items():
+        if matrix.device != device:
+            raise ValueError(
+                f"`{point}` must be on {device}, where the attention heads are; "
+                f"got {matrix.device}. Move one of them with `.to(...)`."
+            )
+        if matrix.dtype == torch.float64 and capturable:
+            raise TypeError(
+                f"`{point}` must not be float64 with capturable=True: its decomposition "
+                "waits for the host. Convert the features with `.float()`."
+            )
+        if matrix.dtype == torch.float64 and dtype != torch.float64:
+            raise TypeError(
+                f"`{point}` of torch.float64 gives vectors that do not fit attention heads of "
+                f"{dtype}. Convert the loss with `.to(torch.float64)`."
+            )
 
 
 def _wrong_channels(point: str, p: int, features: Tensor, axis: int, layout: Layout) -> str:

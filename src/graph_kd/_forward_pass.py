@@ -34,22 +34,26 @@ class ForwardPass:
     It holds no features, neither its own nor those they were used with.
     """
 
-    def __init__(self, source: Source, norms: tuple[tuple[str, nn.Module], ...]) -> None:
+    def __init__(self, source: Source, norms: dict[str, nn.Module]) -> None:
         self.source = source
         self.norms = norms
-        self.reads = self.copies = 0
+        self.reads = self.copies = self.stale_reads = 0
         self.uses: dict[Source | None, Use] = {}
-        self.reads_for_heads: int | None = None
 
-    def read(self, features: Iterable[Tensor]) -> None:
-        """Note that features are read, and which."""
+    def read(self, features: Iterable[Tensor], copies: int) -> None:
+        """Note that features are read, after so many runs of copies of the model."""
+        if copies > self.copies:
+            self.stale_reads += 1
+            if self.stale_reads > 1:  # a copy runs, features are read, and so on: a training loop
+                raise self.stale("hooked model")
+        self.copies = copies
         self.reads += 1
         for feature in features:
             _PASS_OF[feature] = self
 
     def refuse_stale(self, role: str, partner: ForwardPass | Tensor) -> None:
         """Refuse features that are read anew for a second step."""
-        before = self.uses.get(_source(partner))
+        before = self.uses.get(getattr(partner, "source", None))
         if before is not None and self.reads > before.reads:
             copy_teaches = role == "teacher" and self.copies > before.copies
             if copy_teaches or before.partner() is not partner:
@@ -57,7 +61,8 @@ class ForwardPass:
 
     def use(self, partner: ForwardPass | Tensor) -> None:
         """Note a use for one loss."""
-        self.uses[_source(partner)] = Use(self.reads, self.copies, weakref.ref(partner))
+        source = getattr(partner, "source", None)
+        self.uses[source] = Use(self.reads, self.copies, weakref.ref(partner))
 
     def stale(self, role: str) -> RuntimeError:
         """Return the error for features of an earlier step."""
@@ -100,12 +105,9 @@ def check_estimator_fresh(teacher: list[Any]) -> None:
         RuntimeError: features of one forward pass were read twice, and a copy ran since.
     """
     theirs = None if torch.compiler.is_compiling() else _pass_of(teacher)
-    if theirs is None:
-        return
-    before = theirs.reads_for_heads
-    if before is not None and theirs.copies and theirs.reads > before:
-        raise theirs.stale("teacher")
-    theirs.reads_for_heads = theirs.reads
+    if theirs is not None:  # its own partner: any number of steps on one batch may be meant
+        theirs.refuse_stale("teacher", theirs)
+        theirs.use(theirs)
 
 
 def training_norms(features: Iterable[Any]) -> list[str]:
@@ -115,13 +117,9 @@ def training_norms(features: Iterable[Any]) -> list[str]:
     right after the forward pass. Features that no hooks gave have none.
     """
     found = _pass_of(features)
-    return [] if found is None else [name for name, norm in found.norms if norm.training]
+    return [] if found is None else [name for name, norm in found.norms.items() if norm.training]
 
 
 def _pass_of(features: Iterable[Any]) -> ForwardPass | None:
     passes = (_PASS_OF.get(f) for f in features if isinstance(f, Tensor))
     return next((found for found in passes if found is not None), None)
-
-
-def _source(partner: ForwardPass | Tensor) -> Source | None:
-    return partner.source if isinstance(partner, ForwardPass) else None

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from einops import einsum
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from graph_kd._heads import full_precision
+from graph_kd._heads import attention_logits, full_precision
 
 __all__ = ["Embeddings", "Squash", "divergence", "log_graph"]
 
@@ -51,7 +50,7 @@ def divergence(
 def log_graph(theta: Tensor, phi: Tensor, squash: Squash) -> Tensor:
     """Return log G = log softmax_j(squash(S)), ``m i j``, of the rows that ``theta`` has."""
     with full_precision(theta):
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+        logits = attention_logits(theta, phi)
         if squash == "tanh":
             logits = logits.tanh()
         elif squash == "scaled":

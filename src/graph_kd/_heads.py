@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from graph_kd._checks import check_count, check_floating
 
-__all__ = ["AttentionHeads", "apply_branch", "full_precision", "linear"]
+__all__ = ["AttentionHeads", "apply_branch", "attention_logits", "full_precision", "linear"]
 
 
 class AttentionHeads(nn.Module):
@@ -59,21 +59,12 @@ class AttentionHeads(nn.Module):
 
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the attention logits S before any softmax, ``m i j``."""
-        theta, phi = self.embeddings(front, back)
-        with full_precision(theta):
-            logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-        return logits
+        return attention_logits(*self.embeddings(front, back))
 
-    def embeddings(
-        self, front: Tensor, back: Tensor, *, move_statistics: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in the mode that `train` set.
-
-        ``move_statistics=False`` leaves the running statistics as they are, in training too.
-        """
+    def embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in the mode that `train` set."""
         front, back = self._check_rows(front, back, training=self.training)
-        theta = apply_branch(self.theta, back, move_statistics=move_statistics)
-        phi = apply_branch(self.phi, front, move_statistics=move_statistics)
+        theta, phi = apply_branch(self.theta, back), apply_branch(self.phi, front)
         return self._by_head(theta), self._by_head(phi)
 
     def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,24 +132,25 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
     return layer
 
 
-def apply_branch(branch: nn.Module, rows: Tensor, *, move_statistics: bool = True) -> Tensor:
+def attention_logits(theta: Tensor, phi: Tensor) -> Tensor:
+    """Return S = θ φᵀ of each head, ``m i j``."""
+    with full_precision(theta):
+        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
+    return logits
+
+
+def apply_branch(branch: nn.Module, rows: Tensor) -> Tensor:
     """Apply a branch in the precision of ``rows``, whatever that of its parameters."""
     with full_precision(rows):
-        parameters, buffers = dict(branch.named_parameters()), dict(branch.named_buffers())
-        same = all(p.dtype == rows.dtype for p in parameters.values())
-        if same and (move_statistics or not branch.training):
+        if all(parameter.dtype == rows.dtype for parameter in branch.parameters()):
             result: Tensor = branch(rows)
             return result
-        moved = {
-            name: buffer.to(rows.dtype, copy=True) if buffer.is_floating_point() else buffer.clone()
-            for name, buffer in buffers.items()
-        }
-        converted = {name: p.to(rows.dtype) for name, p in parameters.items()}
-        result = functional_call(branch, converted | moved, rows)
-    if move_statistics:
-        with torch.no_grad():
-            for name, buffer in buffers.items():
-                buffer.copy_(moved[name])
+        state = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+        converted = {n: t.to(rows.dtype) if t.is_floating_point() else t for n, t in state.items()}
+        result = functional_call(branch, converted, rows)
+    with torch.no_grad():
+        for name, buffer in branch.named_buffers():
+            buffer.copy_(converted[name])  # its statistics have moved
     return result
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,34 +69,22 @@ class FeatureHooks:
         select: Select | Sequence[Select] = None,
     ) -> None:
         plain = unwrap(model)
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a list of module names; got the string {layers!r}.")
-        if not isinstance(layers, Iterable):
-            raise TypeError(
-                f"`layers` must be a list of module names; got {type(layers).__name__}."
-            )
-        self.layers = tuple(layers)
-        if not self.layers:
-            raise ValueError("`layers` must name at least one layer; got none.")
         modules = named_modules(plain)
-        for name in self.layers:
-            if name not in modules:
-                raise ValueError(_unknown(name, list(modules)))
-            if self.layers.count(name) > 1:
-                raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
-            _refuse_scripted(name, modules)
+        self.layers = _check_layers(layers, modules)
         selects = check_select(select, self.layers)
         self._source = (id(plain), self.layers)
-        self._norms: tuple[tuple[str, nn.Module], ...] = tuple(
-            (name, module)
+        self._norms: dict[str, nn.Module] = {
+            name: module
             for name, module in modules.items()
             if isinstance(module, _NormBase) and module.track_running_stats
-        )
-        self._kept = _Kept(self.layers)
-        self._handles = [plain.register_forward_pre_hook(_Begin(plain, self._kept))]
+        }
+        self._outputs: dict[str, list[_Output]] = {name: [] for name in self.layers}
+        self._pass: ForwardPass | None = None  # made when the features are read
+        self._runs_of_copies = 0
+        self._handles = [plain.register_forward_pre_hook(_Hook(plain, self._begin))]
         for name, wanted in zip(self.layers, selects, strict=True):
-            keep = _Keep(modules[name], self._kept.outputs[name], wanted)
-            self._handles.append(modules[name].register_forward_hook(keep))
+            keep = functools.partial(self._keep, self._outputs[name], wanted)
+            self._handles.append(modules[name].register_forward_hook(_Hook(modules[name], keep)))
 
     @property
     def features(self) -> list[Tensor]:
@@ -106,30 +94,22 @@ class FeatureHooks:
         features that are read anew for a second step, without a new forward pass, raise there. A
         list that is kept in a variable may be used again.
         """
-        kept = self._kept
-        if kept.is_copy:
+        if not hasattr(self, "_outputs"):
             raise RuntimeError(
                 "These hooks are a copy, and belong to no model. Place new ones on the model that "
                 "runs: FeatureHooks(model, layers)."
             )
-        features = [_feature(name, outputs) for name, outputs in kept.outputs.items()]
-        if torch.compiler.is_compiling():
-            return features
-        if kept.record is None:
-            kept.record = ForwardPass(self._source, self._norms)
-        if kept.copy_runs > kept.record.copies:
-            kept.record.copies = kept.copy_runs
-            kept.stale_reads += 1
-            if kept.stale_reads > 1:  # a copy runs, features are read, and so on: a training loop
-                raise kept.record.stale("hooked model")
-        kept.record.read(features)
+        features = [_feature(name, outputs) for name, outputs in self._outputs.items()]
+        if not torch.compiler.is_compiling():
+            if self._pass is None:
+                self._pass = ForwardPass(self._source, self._norms)
+            self._pass.read(features, self._runs_of_copies)
         return features
 
     def remove(self) -> None:
         """Detach everything from the model; calling it twice does no harm."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.features)
@@ -140,45 +120,82 @@ class FeatureHooks:
     def __enter__(self) -> FeatureHooks:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
         return f"FeatureHooks(layers={list(self.layers)})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold no batch, and can remove the idle hooks of the copied model.
+        return {"layers": self.layers, "_handles": self._handles}
 
-class _Kept:
-    """What one forward pass left. Compiled code only clears and sets it, and reads nothing."""
+    # Called by hooks. Compiled code only clears and sets what is kept, and reads nothing.
 
-    is_copy = False
+    def _begin(self, own: bool, _inputs: Any) -> None:
+        """Forget the outputs of the pass before, or note the run of a copy."""
+        if not own:
+            self._runs_of_copies += 1
+            return
+        for outputs in self._outputs.values():
+            outputs.clear()
+        self._pass = None
+        self._runs_of_copies = 0
 
-    def __init__(self, layers: Iterable[str]) -> None:
-        self.outputs: dict[str, list[_Output]] = {name: [] for name in layers}
-        self.record: ForwardPass | None = None  # made when the features are read
-        self.copy_runs = 0
-        self.stale_reads = 0  # each after another run of a copy
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Copied, (tuple(self.outputs),)  # copies and pickles hold no batch
-
-
-class _Copied(_Kept):
-    """What a copy of the hooks holds: the copied model does not know them."""
-
-    is_copy = True
+    def _keep(
+        self, outputs: list[_Output], select: Select, own: bool, _inputs: Any, output: Any
+    ) -> None:
+        """Keep the output of a layer."""
+        compiling = torch.compiler.is_compiling()
+        if not own or (not compiling and torch._C._current_graph_task_id() != -1):
+            return  # a copy, or a backward pass that computes a checkpoint again
+        taken, version = take(output, select), None
+        if isinstance(taken, Tensor):
+            # Nothing counts the changes here, so no later one may reach what is kept.
+            if compiling or taken.is_inference():
+                taken = taken.clone()
+            else:
+                version = taken._version
+        outputs.append((taken, version))
 
 
 # What `take` returned and, where torch counts the changes of a tensor, its count at that time.
 _Output = tuple[Any, int | None]
 
 
+class _Hook:
+    """Calls a method of `FeatureHooks`, and tells if the module is its own or that of a copy.
+
+    Copies of the model keep the hook as the same object. A pickle keeps an idle one.
+    """
+
+    act: Callable[..., None] | None = None
+
+    def __init__(self, module: nn.Module, act: Callable[..., None]) -> None:
+        self.module, self.act = module, act
+
+    def __call__(self, module: nn.Module, *passed: Any) -> None:
+        if self.act is not None:
+            self.act(module is self.module, *passed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks for it; others take an AttributeError for an answer.
+        raise AttributeError(
+            "torch.jit.script can not compile a model with hooks. Call `FeatureHooks.remove()` "
+            "first, and before the model is copied."
+        )
+
+
 def _feature(name: str, kept: list[_Output]) -> Tensor:
-    if not torch.compiler.is_compiling() and any(_is_symbolic(output) for output, _ in kept):
+    traced = any(isinstance(output, FakeTensor | fx.Proxy) for output, _ in kept)
+    if traced and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"Layer {name!r} gave no values: the last forward pass was a trace (torch.fx, "
             "torch.export or alike). Run the model itself before reading `features`."
@@ -194,7 +211,7 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
             "point must run once. Give each use a module of its own, and call the model "
             "itself, which marks the beginning of a pass."
         )
-    output, version = kept[0]
+    [(output, version)] = kept
     if isinstance(output, Untaken):
         raise output.error(name)
     if version is not None and output._version != version:
@@ -205,74 +222,6 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
         )
     feature: Tensor = output
     return feature
-
-
-def _is_symbolic(output: Any) -> bool:
-    found = output.found if isinstance(output, Untaken) else output
-    return isinstance(found, FakeTensor | fx.Proxy)
-
-
-class _Hook:
-    """A hook on one module. A copy of the model keeps it, as the same object, and it stays idle."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: nn.Module | None = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": None}  # idle in a pickle too, which must not hold a batch's outputs
-
-    @property
-    def __name__(self) -> str:
-        # torch.jit.script asks for it; others take an AttributeError for an answer.
-        raise AttributeError(
-            "torch.jit.script can not compile a model with hooks. Call `FeatureHooks.remove()` "
-            "first, and before the model is copied."
-        )
-
-
-class _Begin(_Hook):
-    """Forget the outputs of the pass before."""
-
-    def __init__(self, module: nn.Module, kept: _Kept) -> None:
-        super().__init__(module)
-        self.kept = kept
-
-    def __call__(self, module: nn.Module, _inputs: Any) -> None:
-        if module is self.module:
-            for outputs in self.kept.outputs.values():
-                outputs.clear()
-            self.kept.record = None
-            self.kept.copy_runs = 0
-            self.kept.stale_reads = 0
-        elif self.module is not None:  # a pickle has neither
-            self.kept.copy_runs += 1
-
-
-class _Keep(_Hook):
-    """Keep the output of a layer."""
-
-    def __init__(self, module: nn.Module, kept: list[_Output], select: Select) -> None:
-        super().__init__(module)
-        self.kept = kept
-        self.select = select
-
-    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> None:
-        if module is not self.module:
-            return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a backward pass computes a checkpoint again
-        taken = output if isinstance(output, fx.Proxy) else take(output, self.select)
-        version = None
-        if isinstance(taken, Tensor):
-            # Nothing counts the changes here, so no later one may reach what is kept.
-            if torch.compiler.is_compiling() or taken.is_inference():
-                taken = taken.clone()
-            else:
-                version = taken._version
-        self.kept.append((taken, version))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -292,14 +241,29 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     if isinstance(model, DistributedDataParallel):
         return unwrap(model.module)
-    inside = getattr(model, "_orig_mod", None)
-    if isinstance(getattr(model, "_original_module", None), nn.Module):  # Fabric has both
-        inside = getattr(model, "_forward_module", None)
+    fabric = isinstance(getattr(model, "_original_module", None), nn.Module)
+    inside = getattr(model, "_forward_module" if fabric else "_orig_mod", None)
     return unwrap(inside) if isinstance(inside, nn.Module) else model
 
 
+def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        got = f"the string {layers!r}" if isinstance(layers, str) else type(layers).__name__
+        raise TypeError(f"`layers` must be a list of module names; got {got}.")
+    names = tuple(layers)
+    if not names:
+        raise ValueError("`layers` must name at least one layer; got none.")
+    for name in names:
+        if name not in modules:
+            raise ValueError(_unknown(name, list(modules)))
+        if names.count(name) > 1:
+            raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
+        _refuse_scripted(name, modules)
+    return names
+
+
 def _refuse_scripted(name: str, modules: dict[str, nn.Module]) -> None:
-    parts = name.split(".") if name else []
+    parts = name.split(".")
     outer = [modules.get(".".join(parts[:n])) for n in range(len(parts))]
     inside = any(isinstance(module, torch.jit.ScriptModule) for module in outer)
     if inside or isinstance(modules[name], RecursiveScriptModule):

@@ -23,8 +23,8 @@ def has_float64(device: torch.device) -> bool:
 
 @contextmanager
 def whole_float32(device: torch.device) -> Iterator[None]:
-    """Multiply in whole float32: no autocast, no TF32, and no gradient."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """Multiply in whole float32: no autocast, no TF32."""
+    with torch.autocast(device.type, enabled=False):
         backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
         if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):
             before = backend.matmul.fp32_precision

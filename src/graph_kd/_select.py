@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, fx
 
 __all__ = ["Select", "Untaken", "check_select", "take"]
 
@@ -34,24 +34,29 @@ def check_select(select: Any, layers: Sequence[str]) -> list[Select]:
 
 def take(output: Any, select: Select) -> Any:
     """Return the selected tensor, or an `Untaken`. An index or a key leaves a tensor as it is."""
-    if isinstance(output, Tensor) and not callable(select):
-        return output
+    if isinstance(output, fx.Proxy) or (isinstance(output, Tensor) and not callable(select)):
+        return output  # a Proxy stands for any output while torch.fx traces
     if select is None:
         return Untaken(output, select, None)
     try:
-        taken = _pick(output, select)
+        found: Any
+        if callable(select):
+            found = select(output)
+        elif isinstance(select, str) and not isinstance(output, Mapping):
+            found = getattr(output, select)
+        else:
+            found = output[select]
     except Exception as error:  # noqa: BLE001 # a model's forward goes on; reading features raises
-        return Untaken(output, select, error.with_traceback(None))
-    return taken if isinstance(taken, Tensor) else Untaken(output, select, taken)
+        found = error.with_traceback(None)
+    return found if isinstance(found, Tensor | fx.Proxy) else Untaken(output, select, found)
 
 
-class Untaken:
+class Untaken(NamedTuple):
     """An output that no tensor was taken from, and what was taken or went wrong."""
 
-    def __init__(self, output: Any, select: Select, found: Any) -> None:
-        self.output = output
-        self.select = select
-        self.found = found
+    output: Any
+    select: Select
+    found: Any
 
     def error(self, layer: str) -> TypeError:
         """Return what reading the features raises."""
@@ -66,14 +71,6 @@ class Untaken:
         error = TypeError(f"{problem} Pass {_advice(self.output)}.")
         error.__cause__ = self.found if isinstance(self.found, Exception) else None
         return error
-
-
-def _pick(output: Any, select: int | str | Callable[[Any], Tensor]) -> Any:
-    if callable(select):
-        return select(output)
-    if isinstance(select, str) and not isinstance(output, Mapping):
-        return getattr(output, select)
-    return output[select]
 
 
 def _entries(output: Any) -> list[tuple[Any, str, Any]]:

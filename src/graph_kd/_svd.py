@@ -1,7 +1,10 @@
-"""Compress feature maps to their top right singular vectors (Lee & Song 2019, step 1).
+"""Top right singular vectors of many maps at once, with their gradient.
 
-Axes: ``b`` sample, ``c`` channel, ``h w`` space, ``n`` position (all of space, flattened), ``k``
-singular vector, ``j`` one that is used, ``s`` row of the Gram matrix of the shorter side.
+float32 maps go to the subspace iteration of `graph_kd._leading`. float64 maps, and the samples that
+float32 does not resolve, go to the whole decomposition of `graph_kd._svd_exact`.
+
+Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector, ``j`` one that is used,
+``s`` row of the Gram matrix of the shorter side, min(n, c).
 """
 
 from __future__ import annotations
@@ -10,81 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import repeat
-from torch import Tensor, nn
+from torch import Tensor
 
-from graph_kd._checks import check_count, check_finite
-from graph_kd._features import to_rows
+from graph_kd._checks import check_finite
 from graph_kd._leading import fast_gradient, fast_vectors
 from graph_kd._precision import has_float64, whole_float32
 from graph_kd._svd_exact import exact_gradient, exact_vectors
 
-__all__ = ["SVDFeature", "TopVectors", "top_singular_vectors"]
-
-
-class SVDFeature(nn.Module):
-    """Compress each sample to the top-k right singular vectors of its position × channel matrix.
-
-    Rows are positions and columns are channels, so the vectors live in channel space: they do not
-    change when positions are permuted or rotated, or when the map is scaled by a positive number,
-    and networks of different spatial size can be compared.
-
-    Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
-
-    Differs from the source: the authors' program returns vectors of arbitrary sign, and a gradient
-    that is twice the true one (positions ≥ channels), points elsewhere (positions < channels) or is
-    missing (nearly square). Here value and gradient are exact:
-
-    - Sign: the mean over positions has a non-negative inner product with every vector; where that
-      product is zero, rounding decides.
-    - Gradient: the derivative of the returned vectors, wherever their singular values are isolated.
-      It depends on the gaps between a returned value and the others alone, so dead channels or
-      repeated values among the rest do no harm. Two values that rounding the input could exchange
-      count as repeated: the rotation between their vectors is undefined and gets zero gradient. A
-      vector of singular value zero is an arbitrary unit vector orthogonal to the others; an
-      all-zero map gives such vectors and zero gradient, and so does a map whose largest singular
-      value is below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
-    - Precision: float32 and half-precision maps are solved in float32, whatever autocast or TF32
-      allow, and come out as float32. Where a returned value stands 1 % off its neighbours,
-      1 - |cos| is below 1e-6 and the gradient within 1e-3 of the true one. Samples that float32 can
-      not resolve are decomposed in float64, as float64 maps are. On a device without float64 the
-      CPU does the work.
-
-    Args:
-        k: Singular vectors kept, largest value first. Count, 1 ≤ k ≤ min(positions, channels).
-        channel_dim: Axis of the channels. By default 1 for maps of rank 4 and 5, the last one for
-            tokens (rank 3) and vectors (rank 2, one position: the vector itself, normalised).
-
-    Shape:
-        - features: ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``, floating
-        - returns: ``b k c``, unit rows; float64 for float64, float32 for anything else
-
-    Raises:
-        TypeError: ``features`` is no floating-point tensor.
-        ValueError: its rank does not fit, it holds NaN or infinity, or ``k`` is too large for it.
-
-    Example:
-        >>> import torch
-        >>> from graph_kd import SVDFeature
-        >>> SVDFeature(k=4)(torch.randn(2, 16, 8, 8)).shape
-        torch.Size([2, 4, 16])
-    """
-
-    def __init__(self, k: int = 1, *, channel_dim: int | None = None) -> None:
-        super().__init__()
-        self.k = check_count("k", k)
-        if channel_dim is not None:
-            check_count("channel_dim", channel_dim, minimum=-4)
-        self.channel_dim = channel_dim
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the top-k right singular vectors, ``b k c``."""
-        rows_bnc = to_rows(features, channel_dim=self.channel_dim)
-        (found,) = top_singular_vectors([rows_bnc], [self.k], ["features"])
-        return found.vectors()
-
-    def extra_repr(self) -> str:
-        """Name the settings in ``print(module)``."""
-        return f"k={self.k}, channel_dim={self.channel_dim}"
+__all__ = ["TopVectors", "top_singular_vectors"]
 
 
 class TopVectors(NamedTuple):
@@ -96,8 +32,8 @@ class TopVectors(NamedTuple):
         - values: squared singular values, largest first, ``b k``; float64 maps: all, ``b s``, not
           squared
         - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: all vectors, ``b s c``
-        - doubtful: which samples want float64, ``b``; unless capturable, on the host, and they have
-          got it
+        - doubtful: which samples need float64, ``b``. Unless capturable, they have been decomposed
+          in float64, and the flags are on the host
         - rows: the maps, ``b n c``
     """
 
@@ -111,8 +47,11 @@ class TopVectors(NamedTuple):
 
     def vectors(self, index: Tensor | None = None) -> Tensor:
         """Return the vectors, or those of an index ``b j``, with their gradient, ``b j c``."""
-        *found, rows, capturable = self
-        vectors: Tensor = _WithGradient.apply(rows, index, *found, capturable)  # type: ignore[no-untyped-call] # torch's own method has no types
+        if index is None:
+            every = torch.arange(self.all.shape[1], device=self.all.device)
+            index = repeat(every, "k -> b k", b=len(self.all))
+        saved = (self.values, self.basis, self.doubtful, self.capturable)
+        vectors: Tensor = _WithGradient.apply(self.rows, index, self.all, *saved)  # type: ignore[no-untyped-call] # torch's own method has no types
         return vectors
 
 
@@ -126,8 +65,7 @@ def top_singular_vectors(
                 f"`k` must be at most min(positions, channels) = {most} for `{name}`; got {k}."
             )
     with torch.no_grad():
-        detached = [rows.detach() for rows in maps]
-        found = FIND[capturable](detached, counts, names, capturable)
+        found = FIND[capturable](maps, counts, names, capturable)
     return [
         TopVectors(*found[5 * i : 5 * i + 5], rows, capturable)  # type: ignore[call-arg] # five
         for i, rows in enumerate(maps)
@@ -148,7 +86,7 @@ def _find(
         if fast:
             solved = fast_vectors([maps[i] for i in fast], [counts[i] for i in fast], capturable)
             results.update(zip(fast, solved, strict=True))
-        if fast and not capturable:  # here, and nowhere else, the host waits for the device
+        if fast and not capturable:  # the one sync
             doubtful = torch.cat([found[4] for found in solved]).cpu()
             lengths = [len(maps[i]) for i in fast]
             for i, part in zip(fast, torch.split(doubtful, lengths), strict=True):
@@ -182,35 +120,27 @@ def _fake_find(
 
 
 class _WithGradient(torch.autograd.Function):
-    """Choose vectors, and pull their gradient back to the maps."""
+    """Choose vectors by an index ``b j``, and pull their gradient back to the maps."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        index: Tensor | None,
+        index: Tensor,
         vectors: Tensor,
-        _null: Tensor,
         values: Tensor,
         basis: Tensor,
         doubtful: Tensor,
         capturable: bool,
     ) -> Tensor:
-        if index is None:
-            index = torch.arange(vectors.shape[1], device=vectors.device)
-            index, chosen = repeat(index, "k -> b k", b=len(vectors)), vectors.clone()
-        else:
-            chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
+        chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
         ctx.save_for_backward(rows, index, chosen, values, basis, doubtful)
         ctx.capturable = capturable
         return chosen
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *saved = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = GRADIENT[ctx.capturable](rows, *saved, grad, ctx.capturable)
-        return _once(grad_rows, rows, grad), *(None,) * 7
+        return GRADIENT[ctx.capturable](*ctx.saved_tensors, grad, ctx.capturable), *(None,) * 6
 
 
 def _gradient(
@@ -251,9 +181,9 @@ def _fake_gradient(rows: Tensor, *_others: Any) -> Tensor:
 
 
 def _operators(name: str, run: Any, fake: Any, schema: str) -> dict[bool, Any]:
-    """Make an operation opaque to `torch.compile`, as its course depends on the content of maps.
+    """Make an operation opaque to `torch.compile`: its control flow depends on the maps' content.
 
-    Twice: CUDA graphs must leave out the one that waits for the device, not the capturable one.
+    There are two, by ``capturable``: CUDA graphs must leave out the one that syncs.
     """
     syncs = getattr(torch.Tag, "cudagraph_unsafe", None)
     operators = {}
@@ -281,22 +211,12 @@ GRADIENT = _operators(
 )
 
 
-def _once(gradient: Tensor, rows_bnc: Tensor, grad_bkc: Tensor) -> Tensor:
-    """Tie a gradient to what it depends on, so that it is not taken for a constant."""
-    if not torch.is_grad_enabled():  # but for create_graph=True
-        return gradient
-    tied: Tensor = _RefuseSecondDerivative.apply(gradient, rows_bnc, grad_bkc)  # type: ignore[no-untyped-call] # torch's own method has no types
-    return tied
+def _refuse(_ctx: Any, *_grads: Tensor) -> None:
+    raise RuntimeError(
+        "The gradient of SVDFeature can not be differentiated again; leave the transfer loss "
+        "out of what is differentiated twice."
+    )
 
 
-class _RefuseSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, gradient: Tensor, *_depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(_ctx: Any, *_grads: Tensor) -> None:
-        raise RuntimeError(
-            "The gradient of SVDFeature can not be differentiated again; leave the transfer loss "
-            "out of what is differentiated twice."
-        )
+for operator in GRADIENT.values():
+    operator.register_autograd(_refuse)

@@ -1,7 +1,7 @@
 """Top right singular vectors and their derivative from a whole decomposition, in float64.
 
-For float64 maps, and for the few others on which the subspace iteration of `graph_kd._leading`
-gives up: close or repeated singular values, steep spectra, very large and very small maps.
+For float64 maps, and for the few samples that the subspace iteration of `graph_kd._leading` does
+not resolve: close or repeated singular values, steep spectra, very large and very small maps.
 
 Axes: ``b`` sample, ``n`` position, ``c`` channel, ``k`` wanted vector, ``i`` and ``j`` vectors of a
 sum, ``s`` any of the min(n, c) right singular vectors.
@@ -23,7 +23,7 @@ def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """
     matrix = rows.double()
     _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
-    own = torch.promote_types(rows.dtype, torch.float32)  # half ends where maps may lie
+    own = torch.promote_types(rows.dtype, torch.float32)  # float16 has no smaller range
     values = torch.where(values[:, :1] < torch.finfo(own).tiny ** 0.5, 0, values)
     along = basis @ rearrange(matrix.mean(dim=1), "b c -> b c 1")
     basis = torch.where(along < 0, -basis, basis).contiguous()  # as compiled graphs expect
@@ -66,8 +66,8 @@ def _scale(values: Tensor) -> Tensor:
 def _noise(squares: Tensor, rows: Tensor) -> Tensor:
     """Return what rounding can do to squared singular values, the largest of which is one.
 
-    Rounding the input: n · c errors of eps/4 of a typical entry make a matrix of norm
-    eps/4 (√n + √c)/√(n c) σ_1; four times that. Rounding the decomposition is added.
+    Of the input: n · c errors of eps/4 of a typical entry make a matrix of norm
+    eps/4 (√n + √c)/√(n c) σ_1; four times that is taken. Of the decomposition: 2 min(n, c) eps.
     """
     _, n, c = rows.shape
     of_input = torch.finfo(rows.dtype).eps * (n**0.5 + c**0.5) / (n * c) ** 0.5

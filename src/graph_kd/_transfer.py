@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,19 @@ from graph_kd._distributed import (
     check_equal_batches,
     check_process_group,
     gather_rows,
-    rank_and_size,
+    group_size,
+    own_part,
+    send_from_first,
 )
 from graph_kd._estimator import MultiHeadGraphEstimator
-from graph_kd._features import Layout, check_channel_dim, check_channels, in_order, read_rows
+from graph_kd._features import (
+    Layout,
+    check_fit_of_heads,
+    check_layouts,
+    fits,
+    in_order,
+    read_matrices,
+)
 from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
 from graph_kd._graphs import Embeddings, Squash, divergence, log_graph
 from graph_kd._heads import AttentionHeads
@@ -35,7 +45,7 @@ from graph_kd._svd import TopVectors, top_singular_vectors
 __all__ = ["GraphTransferLoss"]
 
 T = TypeVar("T")
-Pair = tuple[Tensor, Tensor]  # what describes the samples at the front and at the back of a pair
+Matrices = dict[str, Tensor]  # the maps of one network, ``b n c``, by their names in errors
 
 
 class GraphTransferLoss(HoldsProcessGroup, nn.Module):
@@ -146,18 +156,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         capturable: bool = False,
     ) -> None:
         super().__init__()
-        teacher_dim, student_dim = check_channel_dim(channel_dim)
-        teacher = Layout("channels", check_channels("channels", channels), teacher_dim)
-        student = teacher._replace(channel_dim=student_dim)
-        if student_channels is not None:
-            counts = check_channels("student_channels", student_channels)
-            if len(counts) != len(teacher.channels):
-                raise ValueError(
-                    f"`student_channels` must have one entry for each of the {len(channels)} "
-                    f"sensing points of `channels`; got {list(counts)}."
-                )
-            student = Layout("student_channels", counts, student_dim)
-        self.teacher_layout, self.student_layout = teacher, student
+        layouts = check_layouts(channels, student_channels, channel_dim)
+        self.teacher_layout, self.student_layout = layouts
+        self.channels = self.teacher_layout.channels
         self.k = check_count("k", k)
         self.student_k = check_count("student_k", student_k, minimum=k)
         check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
@@ -169,18 +170,15 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         if capturable:
             self.register_buffer("doubtful", torch.zeros((), dtype=torch.int64), persistent=False)
         self.block_rows = None if block_rows is None else check_count("block_rows", block_rows)
-        self.estimators = nn.ModuleList(
-            MultiHeadGraphEstimator(k * front, k * back, num_heads)
-            for front, back in _neighbours(teacher.channels)
+        teacher_pairs, student_pairs = (_neighbours(layout.channels) for layout in layouts)
+        heads = [MultiHeadGraphEstimator(k * f, k * b, num_heads) for f, b in teacher_pairs]
+        own = [] if student_channels is None else zip(heads, student_pairs, strict=True)
+        self.estimators: Any = nn.ModuleList(heads)
+        self.student_heads: Any = nn.ModuleList(
+            AttentionHeads(k * f, k * b, num_heads, head_channels=of_teacher.head_channels)
+            for of_teacher, (f, b) in own
         )
-        self.student_heads = nn.ModuleList()
-        if student_channels is not None:
-            widths = [estimator.head_channels for estimator in self._estimators]
-            self.student_heads.extend(
-                AttentionHeads(k * front, k * back, num_heads, head_channels=width)
-                for width, (front, back) in zip(widths, _neighbours(student.channels), strict=True)
-            )
-        self._point_names: tuple[Any, ...] | None = None
+        self._keys: tuple[Any, ...] | None = None
         self._warned_of_training = False
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
@@ -189,45 +187,40 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
         a row, which say little of the data (`graphs` shows them).
         """
-        names = self._names(teacher_features)
-        maps = in_order("teacher_features", teacher_features, names)
-        teacher = self._read("teacher_features", maps, self.teacher_layout)
-        self._point_names = names  # of features that fit
-        check_estimator_fresh(maps)
-        self._warn_of_training(maps)
-        rows = [gather_rows(row, self.process_group) for row in self._top_rows(teacher)]
+        keys, maps = in_order(self._keys, teacher_features=teacher_features)
+        (teacher,) = self._read(keys, maps, self.teacher_layout)
+        check_estimator_fresh(*maps.values())
+        self._warn_of_training(*maps.values())
         losses = []
-        for estimator, (front, back) in zip(self._estimators, _neighbours(rows), strict=True):
-            kept_heads = estimator.draw_kept_heads(back)
-            if kept_heads is not None and self.process_group is not None:
-                # Processes draw differently, but must train the same heads.
-                first = dist.get_global_rank(self.process_group, 0)
-                dist.broadcast(kept_heads, src=first, group=self.process_group)
-            losses.append(estimator.loss(front, back, kept_heads=kept_heads))
+        pairs = _neighbours(self._top_rows(teacher))
+        for heads, (front, back) in zip(self.estimators, pairs, strict=True):
+            kept_heads = heads.draw_kept_heads(back)
+            if kept_heads is not None:  # every process must train the same heads
+                send_from_first(kept_heads, self.process_group)
+            losses.append(heads.loss(front, back, kept_heads=kept_heads))
         return torch.stack(losses).sum()
 
     def forward(
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
         """Return L_transfer; it trains the student, and its own heads if it has any."""
-        names = self._names(teacher_features, student_features)
-        student_maps = in_order("student_features", student_features, names)
-        teacher_maps = in_order("teacher_features", teacher_features, names)
-        student = self._read("student_features", student_maps, self.student_layout)
-        batch = len(student_maps[0])
-        teacher = self._read("teacher_features", teacher_maps, self.teacher_layout, batch=batch)
-        self._point_names = names  # of features that fit
-        check_fresh(student_maps, teacher_maps)
-        self._warn_of_training(teacher_maps)
-        pairs = zip(*map(_neighbours, self._rows(student, teacher)), strict=True)
-        losses = [
-            divergence(*self._both_embeddings(p, *pair), self.squash, self.block_rows)
-            for p, pair in enumerate(pairs)
-        ]
-        # Over processes the mean is taken later: it must give the sum over all rows.
-        _, processes = rank_and_size(self.process_group)
-        samples = batch if self.reduction == "batchmean" else 1 / processes
-        return torch.stack(losses).sum() / samples
+        keys, maps = in_order(
+            self._keys, student_features=student_features, teacher_features=teacher_features
+        )
+        student, teacher = self._read(keys, maps, self.student_layout, self.teacher_layout)
+        check_fresh(*maps.values())
+        self._warn_of_training(maps["teacher_features"])
+
+        student_rows, teacher_rows = self._compress_and_align(student, teacher)
+        embeddings = zip(
+            self._embed(student_rows, self.student_heads or self.estimators),
+            self._embed(teacher_rows, self.estimators),
+            strict=True,
+        )
+        losses = [divergence(s, t, self.squash, self.block_rows) for s, t in embeddings]
+        # The mean over processes is taken later, and is the sum over the rows of all.
+        total = torch.stack(losses).sum() * group_size(self.process_group)
+        return total / len(student_rows[0]) if self.reduction == "batchmean" else total
 
     @torch.no_grad()
     def graphs(
@@ -248,22 +241,20 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 ``align_to`` is given or only the student has these channels, else the teacher's.
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
-        names = self._names(features if align_to is None else align_to, features)
-        maps = in_order("features", features, names)
-        own = bool(self.student_heads) and self._is_student(maps, align_to, of)
-        layout = self.student_layout if own or align_to is not None else self.teacher_layout
-        student = self._read("features", maps, layout)
-        if align_to is None or own:
-            rows = self._top_rows(student)
+        given = {"features": features} | ({} if align_to is None else {"align_to": align_to})
+        keys, maps = in_order(self._keys, **given)
+        if of is None:
+            teachers = align_to is None and fits(maps["features"], self.teacher_layout)
+            of = "teacher" if teachers else "student"
+        if align_to is None:
+            layout = self.teacher_layout if of == "teacher" else self.student_layout
+            rows = self._top_rows(*self._read(keys, maps, layout))
         else:
-            targets = in_order("align_to", align_to, names)
-            teacher = self._read("align_to", targets, self.teacher_layout, batch=len(maps[0]))
-            rows, _ = self._rows(student, teacher)
-        embeddings = (
-            self._embeddings(p, *pair, own=own, move_statistics=False)
-            for p, pair in enumerate(_neighbours(rows))
-        )
-        return [log_graph(theta, phi, self.squash).exp() for theta, phi in embeddings]
+            networks = self._read(keys, maps, self.student_layout, self.teacher_layout)
+            rows, _ = self._compress_and_align(*networks)
+        own = self.student_heads and of == "student"
+        heads = deepcopy(self.student_heads) if own else self.estimators  # statistics may move
+        return [log_graph(*pair, self.squash).exp() for pair in self._embed(rows, heads)]
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
@@ -273,27 +264,34 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             f"squash={self.squash!r}, reduction={self.reduction!r}"
         )
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """The teacher's channels at each sensing point."""
-        return self.teacher_layout.channels
+    def _read(
+        self, keys: tuple[Any, ...] | None, maps: dict[str, list[Any]], *layouts: Layout
+    ) -> list[Matrices]:
+        """Return the maps of each network as matrices that fit, and keep the order of the keys."""
+        heads, alone = self.estimators[0], group_size(self.process_group) == 1
+        networks = read_matrices(maps, layouts, fewest=2 if alone else 1)
+        for matrices in networks:
+            check_fit_of_heads(matrices, heads.dtype, heads.device, capturable=self.capturable)
+        batch = len(next(iter(matrices.values())))
+        check_equal_batches(batch, heads.device, self.process_group)
+        self._keys = keys
+        return networks
 
-    def _is_student(self, maps: list[Any], align_to: Any, of: str | None) -> bool:
-        """Say whether maps are the student's, where it has heads of its own."""
-        if of is not None or align_to is not None:
-            return of != "teacher"
+    def _warn_of_training(self, teacher_maps: list[Any]) -> None:
+        """Warn once if running statistics of the teacher move."""
+        if self._warned_of_training or torch.compiler.is_compiling():
+            return
+        if names := training_norms(teacher_maps):
+            self._warned_of_training = True
+            warnings.warn(
+                f"The teacher is in training mode (see {names[0]!r}): its graphs depend on the "
+                "batch, and its running statistics move. Call `teacher.eval()`, after `train()` of "
+                "a module that holds it.",
+                stacklevel=3,
+            )
 
-        def fits(layout: Layout) -> bool:
-            try:
-                read_rows("features", maps, layout)
-            except (TypeError, ValueError):
-                return False
-            return True
-
-        return fits(self.student_layout) and not fits(self.teacher_layout)
-
-    def _rows(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor]
+    def _compress_and_align(
+        self, student: Matrices, teacher: Matrices
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what describes each sample at each point, ``b (k c)``, of student and teacher."""
         most = self.k if self.student_heads else self.student_k
@@ -311,11 +309,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             student_rows.append(self._row(sign * s.vectors(choice), undefined))
         return student_rows, teacher_rows
 
-    def _top_rows(self, maps: dict[str, Tensor]) -> list[Tensor]:
+    def _top_rows(self, maps: Matrices) -> list[Tensor]:
         """Return the rows of one network by its top k vectors, without gradient."""
         return [self._row(f.all, f.null) for f in self._compress(maps, [self.k] * len(maps))]
 
-    def _compress(self, maps: dict[str, Tensor], counts: list[int]) -> list[TopVectors]:
+    def _compress(self, maps: Matrices, counts: list[int]) -> list[TopVectors]:
         """Return the top singular vectors of each map; those of all maps are found together."""
         found = top_singular_vectors(
             list(maps.values()), counts, list(maps), capturable=self.capturable
@@ -325,97 +323,23 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         return found
 
     def _row(self, vectors_bkc: Tensor, null_bk: Tensor) -> Tensor:
-        """Put the k vectors of a sample side by side, as one unit vector of the heads' dtype."""
+        """Put the k vectors of a sample side by side, as one unit vector; of all processes."""
         vectors = vectors_bkc.masked_fill(rearrange(null_bk, "b k -> b k 1"), 0)
-        row: Tensor = rearrange(vectors, "b k c -> b (k c)").to(self._estimators[0].dtype)
-        return row if self.k == 1 else row / math.sqrt(self.k)
+        row: Tensor = rearrange(vectors, "b k c -> b (k c)").to(self.estimators[0].dtype)
+        row = row if self.k == 1 else row / math.sqrt(self.k)
+        return gather_rows(row, self.process_group)
 
-    def _embeddings(
-        self, p: int, front: Tensor, back: Tensor, *, own: bool, move_statistics: bool = True
-    ) -> Embeddings:
-        """Return θ of this process's samples and φ of the group's, of pair ``p``."""
-        front = gather_rows(front, self.process_group)
-        if not own:
-            return self._estimators[p].frozen_embeddings(front, back)
-        # Batch statistics are those of the global batch.
-        back = gather_rows(back, self.process_group)
-        heads = cast(AttentionHeads, self.student_heads[p])
-        theta, phi = heads.embeddings(front, back, move_statistics=move_statistics)
-        rank, processes = rank_and_size(self.process_group)
-        return theta.chunk(processes, dim=1)[rank], phi
-
-    def _both_embeddings(
-        self, p: int, student: Pair, teacher: Pair
-    ) -> tuple[Embeddings, Embeddings]:
-        """Return θ and φ of the student and of the teacher, of pair ``p``."""
-        if self.student_heads:
-            return self._embeddings(p, *student, own=True), self._embeddings(p, *teacher, own=False)
-        # Both networks in one pass through the teacher's heads.
-        front = torch.cat([gather_rows(x[0], self.process_group) for x in (student, teacher)])
-        back = torch.cat([student[1], teacher[1]])
-        both = self._estimators[p].frozen_embeddings(front, back)
-        (theta, teacher_theta), (phi, teacher_phi) = (x.chunk(2, dim=1) for x in both)
-        return (theta, phi), (teacher_theta, teacher_phi)
-
-    @property
-    def _estimators(self) -> list[MultiHeadGraphEstimator]:
-        return cast(list[MultiHeadGraphEstimator], list(self.estimators))
-
-    def _warn_of_training(self, teacher_maps: list[Any]) -> None:
-        """Warn once if running statistics of the teacher move."""
-        if self._warned_of_training or torch.compiler.is_compiling():
-            return
-        if names := training_norms(teacher_maps):
-            self._warned_of_training = True
-            warnings.warn(
-                f"The teacher is in training mode (see {names[0]!r}): its graphs depend on the "
-                "batch, and its running statistics move. Call `teacher.eval()`, after `train()` of "
-                "a module that holds it.",
-                stacklevel=3,
-            )
-
-    def _names(self, *features: Any) -> tuple[Any, ...] | None:
-        """Return the names of the sensing points in order: those of the first mapping given."""
-        given = [tuple(f) for f in features if isinstance(f, Mapping)]
-        return self._point_names or (given[0] if given else None)
-
-    def _read(
-        self, name: str, maps: list[Any], layout: Layout, *, batch: int | None = None
-    ) -> dict[str, Tensor]:
-        """Return the features as matrices ``b n c`` that fit, by the names that errors give them.
-
-        Without ``batch``, the first network of a call: processes compare their batches.
-        """
-        rows = read_rows(name, maps, layout, batch=batch)
-        _, processes = rank_and_size(self.process_group)
-        if len(rows[0]) * processes < 2:
-            raise ValueError(
-                f"`{name}[0]` must hold at least 2 samples: a graph relates samples to each "
-                f"other; got {len(rows[0])}. Drop the last incomplete batch of an epoch."
-            )
-        heads = self._estimators[0]
-        named = {f"{name}[{p}]": matrix for p, matrix in enumerate(rows)}
-        for point, matrix in named.items():
-            if matrix.device != heads.device:
-                raise ValueError(
-                    f"`{point}` must be on {heads.device}, where the attention heads are; "
-                    f"got {matrix.device}. Move one of them with `.to(...)`."
-                )
-            if self.capturable and matrix.dtype == torch.float64:
-                raise TypeError(
-                    f"`{point}` must not be float64 with capturable=True: its decomposition "
-                    "waits for the host. Convert the features with `.float()`."
-                )
-            vector_dtype = torch.promote_types(matrix.dtype, torch.float32)
-            if torch.promote_types(vector_dtype, heads.dtype) != heads.dtype:
-                raise TypeError(
-                    f"`{point}` of {matrix.dtype} gives vectors of {vector_dtype}, which do "
-                    f"not fit attention heads of {heads.dtype}. Convert the loss with "
-                    f"`.to({vector_dtype})`."
-                )
-        if batch is None:
-            check_equal_batches(len(rows[0]), heads.device, self.process_group)
-        return named
+    def _embed(self, rows: list[Tensor], heads: Iterable[Any]) -> list[Embeddings]:
+        """Return θ of this process's samples and φ of all, pair by pair."""
+        group = self.process_group
+        embeddings: list[Embeddings] = []
+        for of_pair, (front, back) in zip(heads, _neighbours(rows), strict=True):
+            if heads is self.estimators:  # frozen
+                embeddings.append(of_pair.frozen_embeddings(front, own_part(back, group)))
+            else:  # the statistics of the batch are those of all processes
+                theta, phi = of_pair.embeddings(front, back)
+                embeddings.append((own_part(theta, group, dim=1), phi))
+        return embeddings
 
 
 def _neighbours(points: Sequence[T]) -> list[tuple[T, T]]:

@@ -19,7 +19,7 @@ from graph_kd._axes import Channels, watch_channels
 from graph_kd._features import channel_axis, check_channel_dim
 from graph_kd._forward_pass import training_norms
 from graph_kd._hooks import FeatureHooks, named_modules, unwrap
-from graph_kd._select import Select
+from graph_kd._select import Select, check_select
 
 __all__ = ["assert_feature_hooks"]
 
@@ -65,7 +65,7 @@ def assert_feature_hooks(
     Raises:
         AssertionError: a check failed; the message names the layer.
     """
-    size = _batch_size(sample)
+    inputs = _Inputs(sample)
     if len(student_layers) != len(teacher_layers):
         raise AssertionError(
             f"student_layers and teacher_layers must pair up; got {len(student_layers)} "
@@ -80,35 +80,57 @@ def assert_feature_hooks(
         of_teacher, of_student = check_channel_dim(channel_dim)
     ours = _Side("Student", student, student_layers, student_select, of_student)
     theirs = _Side("Teacher", teacher, teacher_layers, teacher_select, of_teacher)
-    with _undisturbed(student, sample), _undisturbed(teacher, sample):
-        student_features = ours.run(sample)
-        teacher_features = theirs.run(sample)
-        for side, features in ((ours, student_features), (theirs, teacher_features)):
-            for layer, feature in zip(side.layers, features, strict=True):
-                side.check_axes(layer, feature, size)
-        for point, (student_map, teacher_map) in enumerate(
-            zip(student_features, teacher_features, strict=True)
-        ):
-            layer, teacher_layer = student_layers[point], teacher_layers[point]
-            wanted = None if student_channels is None else student_channels[point]
-            _check_channels(ours, layer, student_map, theirs, teacher_layer, teacher_map, wanted)
-            if not _reaches(student_map, student, layer):
+    with _undisturbed(student, inputs), _undisturbed(teacher, inputs):
+        pairs = list(zip(ours.read(inputs), theirs.read(inputs), strict=True))
+        for n, (point, of_theirs) in enumerate(pairs):
+            wanted = None if student_channels is None else student_channels[n]
+            _check_channels(point, of_theirs, wanted)
+            if not point.reaches(student):
                 raise AssertionError(
-                    f"Student layer {layer!r} carries no gradient to the student's parameters. "
+                    f"{point.where} carries no gradient to the student's parameters. "
                     "Look for `detach`, `no_grad` or frozen parameters in front of it."
                 )
-            if _reaches(student_map, teacher, layer):
+            if point.reaches(teacher):
                 raise AssertionError(
-                    f"Student layer {layer!r} carries gradient to the teacher's parameters: the "
+                    f"{point.where} carries gradient to the teacher's parameters: the "
                     "two models share them. Give the student parameters of its own."
                 )
-        ours.check_batch_axis(sample, size)
-        theirs.check_batch_axis(sample, size)
-    for name in training_norms(teacher_features):
+        ours.check_batch_axis(inputs)
+        theirs.check_batch_axis(inputs)
+    for name in training_norms(of_theirs.feature for _, of_theirs in pairs):
         raise AssertionError(
             f"Teacher: its norm {name!r} is in training mode, so its features depend on the "
             "batch and its running statistics move. Call `teacher.eval()` first."
         )
+
+
+class _Inputs:
+    """A sample, as the arguments of a model."""
+
+    def __init__(self, sample: Any) -> None:
+        several = isinstance(sample, list | tuple)
+        self.named = dict(sample) if isinstance(sample, Mapping) else {}
+        self.listed = list(sample) if several else [] if self.named else [sample]
+        values = [*self.listed, *self.named.values()]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not tensors or tensors[0].ndim == 0:
+            raise AssertionError(
+                "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds "
+                f"one; got {type(sample).__name__}."
+            )
+        # Position ids and alike may come once for the whole batch.
+        self.size = next((len(t) for t in tensors if t.ndim and len(t) > 1), len(tensors[0]))
+        self.gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+
+    def one_more(self) -> _Inputs:
+        """Return the sample with its first entry again at the end."""
+
+        def more(value: Any) -> Any:
+            batched = isinstance(value, Tensor) and value.shape[:1] == (self.size,)
+            return torch.cat([value, value[:1]]) if batched else value
+
+        named = {name: more(value) for name, value in self.named.items()}
+        return _Inputs(named or [more(value) for value in self.listed])
 
 
 class _Side:
@@ -120,172 +142,143 @@ class _Side:
         self.role, self.model, self.layers = role, model, layers
         self.select, self.axis = select, axis
         self.where = f"{role}, layers {list(layers)}"
-        self.argument = f"{role.lower()}_select"
         self.channels: dict[str, Channels] = {}
         with _assertions(self.where):
-            unwrap(model)
+            self.plain = unwrap(model)
 
-    def run(self, sample: Any) -> list[Tensor]:
-        """Return the features, each a floating-point tensor."""
-        attached = _hook_count(self.model)
+    def run(self, inputs: _Inputs) -> list[Tensor]:
+        """Return the features of one forward pass, which leaves no hooks behind."""
+        attached = self.hook_count()
         with _assertions(self.where, self.role):
-            self.hooks = FeatureHooks(self.model, self.layers, select=self.select)
-            modules = named_modules(unwrap(self.model))
-            with self.hooks, watch_channels(modules, self.layers) as self.channels:
-                _call(self.model, sample)
-                features = self.hooks.features
-        if _hook_count(self.model) != attached:
+            hooks = FeatureHooks(self.model, self.layers, select=self.select)
+            modules = named_modules(self.plain)
+            with hooks, watch_channels(modules, self.layers) as self.channels:
+                self.model(*inputs.listed, **inputs.named)
+                features = hooks.features
+        if self.hook_count() != attached:
             raise AssertionError(f"{self.where}: a hook stayed attached.")
-        for layer, feature in zip(self.layers, features, strict=True):
-            if not feature.is_floating_point():
-                hint = f" Pass `{self.argument}=lambda output: output.dequantize()`."
-                raise AssertionError(
-                    f"{self.role} layer {layer!r} must give a floating-point tensor; it gave "
-                    f"{feature.dtype}.{hint if feature.is_quantized else ''}"
-                )
         return features
 
-    def channel_axis(self, layer: str, feature: Tensor) -> int:
-        """Return the axis where the loss looks for the channels."""
-        with _assertions(f"{self.role} layer {layer!r}"):
-            return channel_axis(feature, "feature", self.axis if feature.ndim > 3 else None)
+    def read(self, inputs: _Inputs) -> list[_Point]:
+        """Return the features with their channel axes, which no module contradicts."""
+        features = self.run(inputs)
+        selects = check_select(self.select, self.layers)
+        points = []
+        for layer, feature, select in zip(self.layers, features, selects, strict=True):
+            points.append(_Point(self, layer, feature, inputs.size))
+            if not callable(select) and layer in self.channels:
+                points[-1].check_channel_axis(self.channels[layer])
+        return points
 
-    def check_axes(self, layer: str, feature: Tensor, size: int) -> None:
-        """Assert that axis 0 has the batch's size and no module contradicts the channel axis."""
-        where, shape = f"{self.role} layer {layer!r}", tuple(feature.shape)
-        if feature.ndim not in (2, 3, 4, 5) or shape[0] != size:
-            second = feature.ndim > 2 and shape[1] == size
-            raise AssertionError(
-                f"{where} must give axes b c h w, b c t h w, b n c or b c with b = {size}, "
-                f"as the sample; it gave shape {shape}.{self.batch_first() if second else ''}"
-            )
-        axis = self.channel_axis(layer, feature)
-        select = self.select
-        if isinstance(select, list | tuple):
-            select = select[list(self.layers).index(layer)]
-        found = None if callable(select) else self.channels.get(layer)
-        there = None if found is None else found.axis_in(shape)
-        if found is not None and there is not None and there != axis:
-            raise AssertionError(
-                f"{where} gave shape {shape}: axis {axis}, where the loss looks for the channels, "
-                f"has {shape[axis]} entries, but {type(found.module).__name__} gives {found.count} "
-                f"channels, on axis {there}. {self.fix(feature, there)}"
-            )
-
-    def check_batch_axis(self, sample: Any, size: int) -> None:
+    def check_batch_axis(self, inputs: _Inputs) -> None:
         """Assert that axis 0 grows with the batch."""
         try:
             with torch.no_grad():
-                features = self.run(_one_more(sample, size))
+                features = self.run(inputs.one_more())
         except Exception:  # noqa: BLE001 # a model may be made for one batch size
             return
         for layer, feature in zip(self.layers, features, strict=True):
-            if len(feature) != size + 1:
+            if len(feature) != inputs.size + 1:
                 raise AssertionError(
-                    f"{self.role} layer {layer!r} must have the batch on axis 0; with {size} "
-                    f"samples and with {size + 1} it gave {len(feature)} entries there."
-                    f"{self.batch_first()}"
+                    f"{self.role} layer {layer!r} must have the batch on axis 0; with "
+                    f"{inputs.size} samples and with {inputs.size + 1} it gave {len(feature)} "
+                    f"entries there.{self.batch_first()}"
                 )
+
+    def hook_count(self) -> int:
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        return sum(len(getattr(m, kind)) for m in self.plain.modules() for kind in kinds)
+
+    def selecting(self, method: str) -> str:
+        return f"`{self.role.lower()}_select=lambda output: output.{method}`."
 
     def batch_first(self) -> str:
         """Say what to do if axis 0 is a sequence or time."""
         return (
             " If the sequence comes first, build the layer with `batch_first=True`, or pass "
-            f"`{self.argument}=lambda output: output.transpose(0, 1)`."
+            + self.selecting("transpose(0, 1)")
         )
 
-    def fix(self, feature: Tensor, axis: int) -> str:
+
+class _Point:
+    """A feature: floating-point, with the batch on axis 0 and the channels on `axis`."""
+
+    def __init__(self, side: _Side, layer: str, feature: Tensor, size: int) -> None:
+        self.side, self.layer, self.feature = side, layer, feature
+        self.where = f"{side.role} layer {layer!r}"
+        self.shape = shape = tuple(feature.shape)
+        if not feature.is_floating_point():
+            hint = f" Pass {side.selecting('dequantize()')}" if feature.is_quantized else ""
+            raise AssertionError(
+                f"{self.where} must give a floating-point tensor; it gave {feature.dtype}.{hint}"
+            )
+        if len(shape) not in (2, 3, 4, 5) or shape[0] != size:
+            second = len(shape) > 2 and shape[1] == size
+            raise AssertionError(
+                f"{self.where} must give axes b c h w, b c t h w, b n c or b c with b = {size}, "
+                f"as the sample; it gave shape {shape}.{side.batch_first() if second else ''}"
+            )
+        with _assertions(self.where):
+            self.axis = channel_axis(feature, "feature", side.axis if len(shape) > 3 else None)
+        self.channels = shape[self.axis]
+
+    def check_channel_axis(self, found: Channels) -> None:
+        """Assert that no module contradicts the channel axis."""
+        there = found.axis_in(self.shape)
+        if there not in (None, self.axis):
+            raise AssertionError(
+                f"{self.where} gave shape {self.shape}: axis {self.axis}, where the loss looks for "
+                f"the channels, has {self.channels} entries, but {type(found.module).__name__} "
+                f"gives {found.count} channels, on axis {there}. {self.fix(there)}"
+            )
+
+    def fix(self, axis: int) -> str:
         """Say how to have the channels read from ``axis``."""
-        if feature.ndim == 3:
-            return (
-                "Maps of rank 3 are read as tokens b n c: pass "
-                f"`{self.argument}=lambda output: output.transpose(1, 2)`."
-            )
-        value = -1 if axis == feature.ndim - 1 else axis
-        pair = f"({value}, None)" if self.role == "Teacher" else f"(None, {value})"
-        return f"Pass `channel_dim={value}`, or for the {self.role.lower()} alone `{pair}`."
+        if len(self.shape) == 3:
+            advice = self.side.selecting("transpose(1, 2)")
+            return f"Maps of rank 3 are read as tokens b n c: pass {advice}"
+        value = -1 if axis == len(self.shape) - 1 else axis
+        role = self.side.role
+        pair = f"({value}, None)" if role == "Teacher" else f"(None, {value})"
+        return f"Pass `channel_dim={value}`, or for the {role.lower()} alone `{pair}`."
+
+    def reaches(self, model: nn.Module) -> bool:
+        """Say if gradient flows to parameters of the model."""
+        params = [p for p in model.parameters() if p.requires_grad]
+        if not self.feature.requires_grad or not params:
+            return False
+        with _assertions(self.where):
+            total = self.feature.sum()
+            gradients = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+        return any(gradient is not None for gradient in gradients)
 
 
-def _check_channels(
-    ours: _Side,
-    layer: str,
-    student_map: Tensor,
-    theirs: _Side,
-    teacher_layer: str,
-    teacher_map: Tensor,
-    wanted: int | None,
-) -> None:
-    count = student_map.shape[ours.channel_axis(layer, student_map)]
-    teachers = teacher_map.shape[theirs.channel_axis(teacher_layer, teacher_map)]
-    has = f"Student layer {layer!r} has {count} channels (shape {tuple(student_map.shape)})"
-    if wanted is not None and count != wanted:
+def _check_channels(ours: _Point, theirs: _Point, wanted: int | None) -> None:
+    has = f"{ours.where} has {ours.channels} channels (shape {ours.shape})"
+    if wanted is not None and ours.channels != wanted:
         raise AssertionError(f"{has}, but student_channels says {wanted}.")
-    if wanted is None and count != teachers:
+    if wanted is None and ours.channels != theirs.channels:
         hints = [
-            f" If the {side.role.lower()}'s channels are on axis {axis}: {side.fix(feature, axis)}"
-            for side, feature, number in (
-                (ours, student_map, teachers),
-                (theirs, teacher_map, count),
-            )
-            for axis in range(1, feature.ndim)
-            if feature.shape[axis] == number
+            f" If the {point.side.role.lower()}'s channels are on axis {axis}: {point.fix(axis)}"
+            for point, other in ((ours, theirs), (theirs, ours))
+            for axis in range(1, len(point.shape))
+            if point.shape[axis] == other.channels
         ]
         raise AssertionError(
-            f"{has}, teacher layer {teacher_layer!r} has {teachers} (shape "
-            f"{tuple(teacher_map.shape)}); a sensing point needs the same number, or "
+            f"{has}, teacher layer {theirs.layer!r} has {theirs.channels} (shape "
+            f"{theirs.shape}); a sensing point needs the same number, or "
             f"`student_channels` here and in GraphTransferLoss.{''.join(hints)}"
         )
 
 
-def _tensors(sample: Any) -> list[Tensor]:
-    if isinstance(sample, Tensor):
-        return [sample]
-    values = sample.values() if isinstance(sample, Mapping) else sample
-    known = isinstance(sample, Mapping | list | tuple)
-    return [v for v in values if isinstance(v, Tensor)] if known else []
-
-
-def _batch_size(sample: Any) -> int:
-    tensors = _tensors(sample)
-    if not tensors or tensors[0].ndim == 0:
-        raise AssertionError(
-            "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds "
-            f"one; got {type(sample).__name__}."
-        )
-    # Position ids and alike may come once for the whole batch.
-    return next((len(t) for t in tensors if t.ndim and len(t) > 1), len(tensors[0]))
-
-
-def _call(model: nn.Module, sample: Any) -> None:
-    if isinstance(sample, Mapping):
-        model(**sample)
-    elif isinstance(sample, list | tuple):
-        model(*sample)
-    else:
-        model(sample)
-
-
-def _one_more(sample: Any, size: int) -> Any:
-    """Return the sample with its first entry again at the end."""
-
-    def more(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-        return torch.cat([value, value[:1]]) if batched else value
-
-    if isinstance(sample, Mapping):
-        return {name: more(value) for name, value in sample.items()}
-    return [more(value) for value in sample] if isinstance(sample, list | tuple) else more(sample)
-
-
 @contextmanager
-def _undisturbed(model: nn.Module, sample: Any) -> Iterator[None]:
+def _undisturbed(model: nn.Module, inputs: _Inputs) -> Iterator[None]:
     """Put buffers and random state back on leaving, when no gradient needs the buffers any more."""
     # A scripted part can not take other buffers, so it needs none back.
     plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(module, dict(module._buffers)) for module in plain]
     content = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in _tensors(sample) if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(inputs.gpus), torch.enable_grad():
         try:
             yield
         finally:
@@ -306,19 +299,3 @@ def _assertions(where: str, role: str = "") -> Iterator[None]:
         if role and message.startswith("Layer "):
             raise AssertionError(f"{role} l{message[1:]}") from error
         raise AssertionError(f"{where}: {message}") from error
-
-
-def _hook_count(model: nn.Module) -> int:
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks)
-        for module in unwrap(model).modules()
-    )
-
-
-def _reaches(feature: Tensor, model: nn.Module, layer: str) -> bool:
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not feature.requires_grad or not params:
-        return False
-    with _assertions(f"Student layer {layer!r}"):
-        gradients = torch.autograd.grad(feature.sum(), params, retain_graph=True, allow_unused=True)
-    return any(gradient is not None for gradient in gradients)

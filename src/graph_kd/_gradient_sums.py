@@ -1,0 +1,94 @@
+"""The gradients of a step: what `backward` was given since the last `zero_grad` (step 3)."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["GradientSums", "Sums"]
+
+# Parameters whose gradients for the next step came from the `backward` of a wrapper, of any one.
+GATED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+
+
+class Sums(NamedTuple):
+    """Both gradients of one parameter, summed over the calls of a step; None where none came."""
+
+    task: Tensor | None
+    transfer: Tensor | None = None
+    task_reaches: bool = False  # without it, a task gradient of zero may be what clearing left
+
+    def plus(self, task: Tensor | None, transfer: Tensor | None) -> Sums:
+        """Return the sums with the gradients of another call."""
+        reaches = self.task_reaches or task is not None
+        return Sums(_add(self.task, task), _add(self.transfer, transfer), reaches)
+
+
+class Left(NamedTuple):
+    """What `backward` left in one ``p.grad``, and the sums it was made of."""
+
+    merged: Tensor
+    version: int
+    sums: Sums
+    step: int
+
+    def untouched(self, param: Tensor) -> bool:
+        """Return whether it still stands in ``param.grad`` as it was left."""
+        return param.grad is self.merged and self.merged._version == self.version
+
+
+@dataclass
+class GradientSums:
+    """The sums of the step under way, and what its last gate did."""
+
+    # By weak reference: an input that requires gradient goes with its batch.
+    left: MutableMapping[Tensor, Left] = field(default_factory=WeakTensorKeyDictionary)
+    step: int = 0
+    factors: Tensor = field(default_factory=lambda: torch.zeros(0))
+    skipped: bool | Tensor = False
+
+    def of(self, param: Tensor) -> Sums:
+        """Return the sums so far. A gradient that another one left is the task's."""
+        left = self.left.get(param)
+        return left.sums if left is not None and left.untouched(param) else Sums(param.grad)
+
+    def leave(self, param: Tensor, merged: Tensor | None, sums: Sums) -> None:
+        """Put the merged gradient into ``param.grad``."""
+        param.grad = merged
+        if merged is not None:
+            GATED[param] = True
+            self.left[param] = Left(merged, merged._version, sums, self.step)
+
+    def leaves(self) -> list[Tensor]:
+        """Return the tensors that have a gradient in this step."""
+        return [
+            leaf
+            for leaf, left in self.left.items()
+            if left.step == self.step and leaf.requires_grad and left.untouched(leaf)
+        ]
+
+    def is_gated(self, param: Tensor) -> bool:
+        """Return whether ``param.grad`` came from a `backward`; asked once before each step.
+
+        It may have been clipped, unscaled, replaced or used in an earlier step.
+        """
+        left = self.left.get(param)
+        return GATED.pop(param, False) or (left is not None and left.merged is param.grad)
+
+    def drop_cleared(self, params: Sequence[Tensor]) -> None:
+        """Drop the sums of cleared gradients; the step is over if none of ``params`` has any."""
+        for param, left in list(self.left.items()):
+            if not left.untouched(param):
+                del self.left[param]
+        self.step += not any(param in self.left for param in params)
+
+
+def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new

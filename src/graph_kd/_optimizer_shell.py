@@ -1,0 +1,143 @@
+"""An optimizer that behaves as the one it wraps, whatever a loop or a framework does to it."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from graph_kd._distributed import HoldsProcessGroup
+from graph_kd._gate import Gate, Scope
+from graph_kd._gradient_sums import GradientSums
+
+__all__ = ["OptimizerShell", "OptimizerState", "kept_in"]
+
+
+@dataclass(eq=False)
+class OptimizerState(HoldsProcessGroup):
+    """The wrapped optimizer, the settings and the counters; and the sums, which no copy has."""
+
+    optimizer: Optimizer
+    gate: Gate
+    scope: Scope
+    bound: float
+    process_group: dist.ProcessGroup | None
+    capturable: bool
+    skipped: int | Tensor = 0
+    warned: bool = False
+    sums: GradientSums = field(default_factory=GradientSums)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters of the wrapped optimizer."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts on its own: of a tensor, the sum is another one.
+        state = super().__getstate__() | {"skipped": self.skipped + 0}
+        del state["sums"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc] # a step of its own
+
+
+def kept_in(owner: str, name: str) -> Any:
+    """Return a property for the attribute ``name`` of another object, found at ``owner``."""
+    find = attrgetter(owner)
+    return property(
+        lambda self: getattr(find(self), name), lambda self, value: setattr(find(self), name, value)
+    )
+
+
+class OptimizerShell(Optimizer):
+    """Pass everything but `step` and `zero_grad` on to the wrapped optimizer.
+
+    All that it knows is in ``_shared``. A framework that copies the ``__dict__`` or mixes its class
+    with this one (Lightning, Fabric) gets the same state; `copy` and `pickle` make another one.
+    """
+
+    _shared: OptimizerState
+
+    # The wrapped optimizer replaces these objects when it loads a state_dict, so that a copy of
+    # the references would go stale.
+    param_groups = kept_in("_shared.optimizer", "param_groups")
+    state = kept_in("_shared.optimizer", "state")
+    defaults = kept_in("_shared.optimizer", "defaults")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer; of a framework's object with one of that name, its own."""
+        own: Optimizer = self.__dict__.get("optimizer", self._shared.optimizer)
+        return own
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "_shared", None) is self._shared:  # a framework keeps what it wraps
+            self.__dict__["optimizer"] = optimizer
+        else:
+            self._shared.optimizer = optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the wrapped optimizer."""
+        self._shared.optimizer.add_param_group(param_group)
+
+    def train(self) -> None:
+        """Call `train` of a schedule-free optimizer; others have none."""
+        getattr(self._shared.optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Call `eval` of a schedule-free optimizer; others have none."""
+        getattr(self._shared.optimizer, "eval", lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state_dict: either of the two loads it.
+
+        After a transfer gradient that was not finite it has "skipped" besides.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self._shared.optimizer.state_dict()
+        skipped = self._shared.skipped
+        if isinstance(skipped, Tensor) or skipped:  # to look at a tensor would sync
+            state_dict["skipped"] = skipped + 0
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this wrapper or of the wrapped optimizer."""
+        state_dict = state_dict.copy()  # hooks may write to it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._shared.optimizer.load_state_dict(state_dict)
+        skipped = state_dict.get("skipped", 0)
+        if isinstance(self._shared.skipped, Tensor):  # in place: a captured step counts there
+            self._shared.skipped.copy_(torch.as_tensor(skipped))
+        else:
+            self._shared.skipped = int(skipped)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a framework adds is left out, as it is around any torch optimizer.
+        return {"_shared": self._shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # torch's unpickling path sets up hooks and nothing else, while its constructor would make
+        # param groups of this object's own.
+        super().__setstate__({})
+
+    def __copy__(self) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__({"_shared": copy(self._shared)})
+        return twin
