@@ -665,7 +665,6 @@ COPIES = {
 READS = {
     "features": lambda hooks: hooks.features,
     "hooks": lambda hooks: hooks,
-    "unpacked": lambda hooks: [*hooks],
     "tuple": lambda hooks: tuple(hooks.features),
     "dict": lambda hooks: dict(enumerate(hooks.features)),
 }
