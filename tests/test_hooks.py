@@ -242,7 +242,7 @@ AT, NONE = "lambda output: output", "lambda output: ..."
 # that the message says.
 OUTPUTS = {
     "tuple": (lambda x: (x, None), "tuple ({}, NoneType)", "0"),
-    "list": (lambda x: [None, x], "list (NoneType, {})", "1", "-1"),
+    "list": (lambda x: [*[0] * 7, x], f"list ({'int, ' * 7}{{}})", "7", "-1"),
     "dict": (lambda x: {"out": x}, "dict ('out': {})", "'out'"),
     "number keys": (lambda x: {7: x}, "dict ({})", "7"),
     "namedtuple": (Pair, "Pair ('hidden': {}, 'cache': NoneType)", "'hidden'", "0"),
