@@ -242,7 +242,7 @@ AT, NONE = "lambda output: output", "lambda output: ..."
 # that the message says.
 OUTPUTS = {
     "tuple": (lambda x: (x, None), "tuple ({}, NoneType)", "0"),
-    "list": (lambda x: [None, x], "list (NoneType, {})", "1", "-1"),
+    "list": (lambda x: [*[0] * 7, x], f"list ({'int, ' * 7}{{}})", "7", "-1"),
     "dict": (lambda x: {"out": x}, "dict ('out': {})", "'out'"),
     "number keys": (lambda x: {7: x}, "dict ({})", "7"),
     "namedtuple": (Pair, "Pair ('hidden': {}, 'cache': NoneType)", "'hidden'", "0"),
@@ -323,6 +323,7 @@ def test_a_select_that_takes_no_tensor_raises_where_features_are_read(make, sele
     with pytest.raises(TypeError, match=r"Layer '1' gave .*" + message) as caught:
         _ = hooks.features
     assert ("failed" in message) == isinstance(caught.value.__cause__, Exception)
+    assert getattr(caught.value.__cause__, "__traceback__", None) is None  # it held the batch
 
 
 def test_what_select_leaves_out_is_not_kept():
@@ -402,14 +403,11 @@ UNKNOWN = "`layers` must name modules of the model; it has no "
 LAYERS_REFUSED = [
     (TypeError, "stem", NAMES + r"the string 'stem'\.$"),
     (TypeError, 3, NAMES + r"int\.$"),
-    (TypeError, None, NAMES + r"NoneType\.$"),
     (ValueError, [], r"`layers` must name at least one layer; got none\.$"),
     (ValueError, ["stem", "head", "head"], r"must name each layer once; got 'head' twice\.$"),
-    (ValueError, ["stem", "Stem"], UNKNOWN + r"'Stem'\. The nearest names are .*'stem'"),
     (ValueError, ["stage.0"], UNKNOWN + r"'stage\.0'\. The nearest names are .*'stages\.0'"),
     (ValueError, ["stages.0.0.0"], r"The nearest names are ('[^']*'(, )?){3}\.$"),
     (ValueError, ["module.stem"], UNKNOWN + r"'module\.stem'\. The nearest names are 'stem'\.$"),
-    (ValueError, ["a.stages.1"], UNKNOWN + r"'a\.stages\.1'\. The nearest .* are 'stages\.1'\.$"),
     (ValueError, ["qqqqqq"], UNKNOWN + r"'qqqqqq'\. See `model\.named_modules\(\)`"),
     (ValueError, [3], UNKNOWN + r"3\. See `model\.named_modules\(\)`"),
 ]
@@ -657,7 +655,6 @@ def test_copied_hooks_hold_no_batch_and_say_that_they_are_a_copy(net, mode, make
 
 COPIES = {
     "deepcopy": copy.deepcopy,
-    "average": AveragedModel,
     "pickle": pickled,
     "trace": lambda net: torch.jit.trace(net, batch()),
     "frozen trace": lambda net: torch.jit.freeze(torch.jit.trace(net.eval(), batch())),
@@ -665,9 +662,8 @@ COPIES = {
 READS = {
     "features": lambda hooks: hooks.features,
     "hooks": lambda hooks: hooks,
-    "unpacked": lambda hooks: [*hooks],
-    "tuple": lambda hooks: tuple(hooks.features),
     "dict": lambda hooks: dict(enumerate(hooks.features)),
+    "one changed on the way": lambda hooks: [2 * hooks.features[0], *hooks.features[1:]],
 }
 reads = pytest.mark.parametrize("read", READS)
 
@@ -738,7 +734,7 @@ def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, running, copi
     "text",
     [
         "student teacher loss student teacher loss",
-        "student teacher loss loss heads loss heads",  # losses of one step
+        "student teacher loss loss heads student_copy loss heads",  # losses of one step
         "teacher heads heads heads teacher heads",  # the heads learn one batch by heart
         "student teacher keep student loss_of_kept_teacher student loss_of_kept_teacher",
         "student teacher keep teacher loss_of_kept_student teacher loss_of_kept_student",
@@ -806,13 +802,16 @@ def test_checks_keep_no_features_alive_and_make_no_cycles():
     (student, of_student), (teacher, of_teacher) = hooked(), hooked()
     student(batch(0))
     teacher(batch(0))
+    unhooked = torch.ones(3, 6)
     check_fresh(of_student.features, of_teacher.features)
+    check_fresh([unhooked], of_teacher.features)
     check_estimator_fresh(of_teacher.features)
-    watched = [weakref.ref(f) for hooks in (of_student, of_teacher) for f in hooks]
+    watched = [weakref.ref(feature) for feature in (unhooked, *of_student, *of_teacher)]
     gc.disable()
     try:
+        del unhooked
         student(batch(1))
-        assert [ref() is None for ref in watched] == [True, True, False, False]
+        assert [ref() is None for ref in watched] == [True, True, True, False, False]
         teacher(batch(1))
         assert all(ref() is None for ref in watched)
     finally:

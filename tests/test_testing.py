@@ -265,7 +265,7 @@ WRONG = {
     "failing": ("'x'$", *gives(fails)),
     "in place": ("changed in place", lambda: stages(nn.ReLU(inplace=True)), "1", VECTORS),
     "tuple": ("gave tuple .*Pass `role_select=0`", lambda: chain(nn.GRU(6, 8)), "0", VECTORS),
-    "unknown": (r"it has no '2\.0'\. The nearest names are", stages, "2.0", VECTORS),
+    "unknown": (r"no 'm\.0\.1'\. The nearest names are '0\.1'\.$", convolutions, "m.0.1", IMAGES),
     "twice": ("ran 2 times", lambda: chain(nn.Linear(6, 8), *[nn.Tanh()] * 2), "1", VECTORS),
     "no module": ("`model` must be a torch.nn.Module; got NoneT", lambda: None, "0", VECTORS),
     "data parallel": ("be a DataParallel: its", lambda: DataParallel(stages()), "0", VECTORS),

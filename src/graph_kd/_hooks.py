@@ -289,8 +289,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _unknown(name: Any, known: list[str]) -> str:
     # A wrapper's name in front of the right one, or a name that is spelt alike.
-    nearest = [near for near in known if near and str(name).endswith(f".{near}")][-1:]
-    nearest = nearest or difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    inner = [near for near in known if near and str(name).endswith(f".{near}")]
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    nearest = [max(inner, key=len)] if inner else close
     hint = (
         "The nearest names are " + ", ".join(repr(near) for near in nearest)
         if nearest
