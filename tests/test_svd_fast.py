@@ -222,8 +222,8 @@ def test_a_capturable_loss_is_that_of_the_other_form():
 
 
 def test_maps_solved_together_have_the_vectors_that_they_have_alone():
-    sizes = [(6, 6, 32), (2, 2, 24), (6, 6, 20), (4, 5, 48), (3, 2, 8), (7, 7, 32)]
-    counts = [1, 4, 4, 3, 2, 4]
+    sizes = [(6, 6, 32), (2, 2, 24), (6, 6, 20), (4, 5, 48), (1, 5, 8), (7, 7, 32), (1, 1, 9)]
+    counts = [1, 4, 4, 3, 2, 4, 1]
     maps = [rows_of(relu_noise(size, batch=2 + i)) for i, size in enumerate(sizes)]
     together = top_singular_vectors(maps, counts, ["map"] * len(maps), capturable=True)
     for rows, k, found in zip(maps, counts, together, strict=True):
