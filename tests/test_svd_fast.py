@@ -503,6 +503,21 @@ def test_no_map_spoils_the_vectors_and_gradients_of_others(point, rectified, k, 
         assert (error[good[:, -1]] <= 1e-3).all()
 
 
+@pytest.mark.parametrize("largest", [2.5, 3.0])
+@pytest.mark.parametrize("channels", [24, 64])
+def test_maps_of_few_entries_stop_no_others(channels, largest):
+    """Their filtered vectors are zero, and their values exactly so, while others need a filter."""
+    one = torch.zeros(channels, channels + 4, channels)
+    one[:, 0] = torch.eye(channels)
+    two = one.clone()
+    two[:, 1] = 0.5 * torch.eye(channels).roll(1, 1)
+    values = [largest, *(1.012**-i for i in range(channels - 1))]
+    slow = matrix_of(values, channels + 4, channels)[0].float().expand(2 * channels + 10, -1, -1)
+    vectors = SVDFeature(2)(torch.cat([one, two, slow]))
+    wanted = SVDFeature(2)(slow[:1].double()).expand(len(slow), -1, -1)
+    torch.testing.assert_close(vectors[2 * channels :].double(), wanted, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("ratio", [100.0, 1000.0, 10000.0])
 @pytest.mark.parametrize("decay", [1.1, 1.015])
 @pytest.mark.parametrize("point", [(3, 4, 40), (4, 4, 40), (8, 8, 100), (8, 8, 12)])

@@ -41,6 +41,7 @@ DOMINATES = 4.0  # ratio of eigenvalues above which the larger vector is project
 CLEAR_EVERY = 3  # degrees between two such projections: it grows from rounding errors
 STEEP = 32.0  # ratio of eigenvalues above which the smaller one is computed from the map itself
 RIDGE = 1e-14  # relative, added to the diagonal: a Cholesky factor of dependent rows is finite
+TINY = 1e-38  # added as well: rows are zero where a map has fewer channels than the subspace
 
 
 def fast_vectors(
@@ -333,7 +334,7 @@ def _orthonormal(block: Tensor) -> Tensor:
     """Orthonormalise rows by their Cholesky factor, in float64: filtered rows are near parallel."""
     rows = block.double()
     gram = rows @ rows.mT
-    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE)
+    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE).add_(TINY)
     factor, _ = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # To invert the small factor is faster than to solve for the long rows.
