@@ -106,7 +106,7 @@ def fast_gradient(
     # Alignment uses one of k vectors. The CPU can read which, and solve for these alone.
     if rows.device.type == "cpu" and len(rows) and grad.shape[1] > 1:
         used = grad.any(dim=-1)
-        order = used.byte().topk(max(1, int(used.sum(dim=1).amax())), dim=1).indices
+        order = used.byte().topk(int(used.sum(dim=1).amax()), dim=1).indices
         index, at = index.gather(1, order), repeat(order, "b k -> b k c", c=grad.shape[2])
         chosen, grad = chosen.gather(1, at), grad.gather(1, at)
     matrix = rows.float()
@@ -250,7 +250,7 @@ def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) 
             spans = [part[..., : side.shape[1]] @ side for part, side in parts]
         inner = _stack([x @ x.mT for x in map(Tensor.double, spans)], images.shape[1])
     # eigh raises an error on what is not finite; such samples are reported later, by name.
-    values, basis = yield torch.nan_to_num(inner, posinf=0.0, neginf=0.0)
+    values, basis = yield torch.nan_to_num(inner)
     rotation = basis.flip(-1).mT.float()
     values = values.flip(-1).float()
     values = torch.maximum(values, ROUNDING * values[:, :1])  # smaller is rounding
