@@ -204,7 +204,7 @@ def test_the_cpu_filters_once_more_after_a_look_at_the_values(decomposed, ratio)
 @pytest.mark.parametrize(("slow", "filtered"), [(2, 2), (6, 8)])
 def test_the_cpu_filters_what_needs_it_or_all_if_that_is_most(decomposed, slow, filtered):
     features = batch_of([1.01**-i for i in range(64)], 8)
-    features[slow:] = batch_of([1.0, 0.8, 0.6, 0.4, 0.2], 8 - slow)
+    features[slow:] = batch_of([1.06, 1.04, 1.02, 1.0, *[0.3] * 60], 8 - slow)
     top_of(rows_of(features), 4)
     assert decomposed[1] == filtered
 
@@ -382,6 +382,20 @@ def test_a_vector_without_gradient_changes_nothing_of_the_others(point):
     torch.testing.assert_close(whole, sum(parts), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     assert (whole[3] == 0).all()
     assert (whole[:3].flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.8, 0.6, 0.4], [1.0, 1e-2, 1e-4, 1e-6]])
+def test_the_gradient_of_chosen_vectors_is_that_of_these_among_all(values):
+    """Alignment chooses; whether a sample is doubtful makes no difference."""
+    rows = torch.cat([matrix_of(values, 64, 32, seed)[0] for seed in range(3)]).float()
+    rows.requires_grad_()
+    index = torch.tensor([[2, 0], [1, 1], [3, 2]])
+    found = top_of(rows, 4)
+    target = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(found.vectors(index), rows, target)
+    chosen = torch.stack([v[i] for v, i in zip(found.vectors(), index, strict=True)])
+    (wanted,) = torch.autograd.grad(chosen, rows, target)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 @forms
