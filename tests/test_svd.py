@@ -439,6 +439,9 @@ def test_rejects_k_that_is_no_count():
 def test_rejects_vectors_that_do_not_pair_up():
     with pytest.raises(ValueError, match=r"`student` and `teacher` must have axes .*\(2, 4, 5\)"):
         align_singular_vectors(torch.ones(2, 4, 5), torch.ones(2, 1, 6))
+    for shapes in [((2, 4, 5, 1), (2, 1, 5)), ((2, 4, 5), (2, 1, 5, 1)), ((2, 5), (2, 1, 5))]:
+        with pytest.raises(ValueError, match=r"must have axes \(b, i, c\) and \(b, k, c\)"):
+            align_singular_vectors(*map(torch.ones, shapes))
     with pytest.raises(TypeError, match=r"`teacher` must be a tensor"):
         align_singular_vectors(torch.ones(2, 4, 5), None)
 

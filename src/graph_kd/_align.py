@@ -64,7 +64,6 @@ def align_singular_vectors(
     return sign * student.gather(1, repeat(choice, "b k -> b k c", c=student.shape[2]))
 
 
-@torch.no_grad()
 def closest(
     students: list[Tensor], teachers: list[Tensor], nulls: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:

@@ -41,6 +41,7 @@ DOMINATES = 4.0  # ratio of eigenvalues above which the larger vector is project
 CLEAR_EVERY = 3  # degrees between two such projections: it grows from rounding errors
 STEEP = 32.0  # ratio of eigenvalues above which the smaller one is computed from the map itself
 RIDGE = 1e-14  # relative, added to the diagonal: a Cholesky factor of dependent rows is finite
+TINY = 1e-38  # added as well: rows are zero where a map has fewer channels than the subspace
 
 
 def fast_vectors(
@@ -105,7 +106,7 @@ def fast_gradient(
     # Alignment uses one of k vectors. The CPU can read which, and solve for these alone.
     if rows.device.type == "cpu" and len(rows) and grad.shape[1] > 1:
         used = grad.any(dim=-1)
-        order = used.byte().topk(max(1, int(used.sum(dim=1).amax())), dim=1).indices
+        order = used.byte().topk(int(used.sum(dim=1).amax()), dim=1).indices
         index, at = index.gather(1, order), repeat(order, "b k -> b k c", c=grad.shape[2])
         chosen, grad = chosen.gather(1, at), grad.gather(1, at)
     matrix = rows.float()
@@ -249,7 +250,7 @@ def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) 
             spans = [part[..., : side.shape[1]] @ side for part, side in parts]
         inner = _stack([x @ x.mT for x in map(Tensor.double, spans)], images.shape[1])
     # eigh raises an error on what is not finite; such samples are reported later, by name.
-    values, basis = yield torch.nan_to_num(inner, posinf=0.0, neginf=0.0)
+    values, basis = yield torch.nan_to_num(inner)
     rotation = basis.flip(-1).mT.float()
     values = values.flip(-1).float()
     values = torch.maximum(values, ROUNDING * values[:, :1])  # smaller is rounding
@@ -333,7 +334,7 @@ def _orthonormal(block: Tensor) -> Tensor:
     """Orthonormalise rows by their Cholesky factor, in float64: filtered rows are near parallel."""
     rows = block.double()
     gram = rows @ rows.mT
-    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE)
+    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE).add_(TINY)
     factor, _ = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # To invert the small factor is faster than to solve for the long rows.

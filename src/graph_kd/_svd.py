@@ -160,10 +160,10 @@ def _gradient(
         gradient: Tensor = GRADIENT[False](*moved, False).to(device)
         return gradient
     with whole_float32(device):
+        found = (rows, index, chosen, values, basis)
         if rows.dtype == torch.float64:
-            return exact_gradient(rows, index, chosen, values, basis, grad)
-        fast = (rows, index, chosen, values, basis, grad.float())
-        grad_rows = fast_gradient(*fast, bounded=capturable)
+            return exact_gradient(*found, grad)
+        grad_rows = fast_gradient(*found, grad, bounded=capturable)
         if not capturable and bool(doubtful.any()):
             some = doubtful.nonzero()[:, 0].to(device)
             part, at = rows[some], index[some]
