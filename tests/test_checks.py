@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -101,6 +102,10 @@ def test_rejects_settings_that_do_not_fit(call, error, message):
 )
 def test_accepts_settings_up_to_their_limits(call):
     call()
+
+
+def test_a_count_of_another_kind_of_int_becomes_an_int():
+    assert type(SVDFeature(np.int64(2)).k) is int
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
