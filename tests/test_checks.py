@@ -185,10 +185,11 @@ def test_rejects_features_that_do_not_fit_and_names_the_point(features, error, m
         loss()(maps(), features)
 
 
-def test_rejects_a_single_sample():
+def test_two_samples_are_enough_and_one_is_refused():
     for call in (loss().estimator_loss, partial(loss(), maps(batch=1))):
         with pytest.raises(ValueError, match=r"_features\[0\]` .* at least 2 samples.*got 1"):
             call(maps(batch=1))
+    assert loss()(maps(batch=2), maps(batch=2)).isfinite()
 
 
 @pytest.mark.parametrize("features", [maps((6, 9, 10)), maps((6, 7, 10))])

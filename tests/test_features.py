@@ -86,6 +86,7 @@ def test_mappings_are_paired_by_key(channels):
     named_student, named_teacher = (
         dict(zip("abc", maps, strict=True)) for maps in (student, teacher)
     )
+    assert torch.equal(make(channels)(shuffled(named_student), named_teacher), wanted)
     assert torch.equal(loss(named_student, named_teacher), wanted)
     assert torch.equal(loss(shuffled(named_student), named_teacher), wanted)
     assert torch.equal(loss(named_student, shuffled(named_teacher)), wanted)
