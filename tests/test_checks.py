@@ -135,6 +135,8 @@ VALUES = [
       for s in (lambda s: s.mean(-1, keepdim=True), lambda _: None)],
     (partial(loss(k=2), maps(), maps(size=(1, 1))), ValueError,
      r"`k` must be at most .* `teacher_features\[0\]`; got 2"),
+    (partial(loss(k=2), maps(size=(1, 1)), maps()), ValueError,
+     r"`k` must be at most .* `student_features\[0\]`; got 2"),
     *[(partial(loss(), named(keys), named()), ValueError, r"`student_features` must have the keys "
        r"\['a', 'b', 'c'\], .*got \['a', 'b'.*by position") for keys in ("abd", "ab", "abcd")],
     (partial(loss(channel_dim=4).estimator_loss, maps()), ValueError,
