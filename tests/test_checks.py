@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -103,6 +104,10 @@ def test_accepts_settings_up_to_their_limits(call):
     call()
 
 
+def test_a_count_of_another_kind_of_int_becomes_an_int():
+    assert type(SVDFeature(np.int64(2)).k) is int
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_accepts_every_floating_point_type(dtype):
     assert SVDFeature()(torch.ones(2, 3, dtype=dtype)).isfinite().all()
@@ -130,6 +135,8 @@ VALUES = [
       for s in (lambda s: s.mean(-1, keepdim=True), lambda _: None)],
     (partial(loss(k=2), maps(), maps(size=(1, 1))), ValueError,
      r"`k` must be at most .* `teacher_features\[0\]`; got 2"),
+    (partial(loss(k=2), maps(size=(1, 1)), maps()), ValueError,
+     r"`k` must be at most .* `student_features\[0\]`; got 2"),
     *[(partial(loss(), named(keys), named()), ValueError, r"`student_features` must have the keys "
        r"\['a', 'b', 'c'\], .*got \['a', 'b'.*by position") for keys in ("abd", "ab", "abcd")],
     (partial(loss(channel_dim=4).estimator_loss, maps()), ValueError,
@@ -180,10 +187,11 @@ def test_rejects_features_that_do_not_fit_and_names_the_point(features, error, m
         loss()(maps(), features)
 
 
-def test_rejects_a_single_sample():
+def test_two_samples_are_enough_and_one_is_refused():
     for call in (loss().estimator_loss, partial(loss(), maps(batch=1))):
         with pytest.raises(ValueError, match=r"_features\[0\]` .* at least 2 samples.*got 1"):
             call(maps(batch=1))
+    assert loss()(maps(batch=2), maps(batch=2)).isfinite()
 
 
 @pytest.mark.parametrize("features", [maps((6, 9, 10)), maps((6, 7, 10))])

@@ -453,5 +453,6 @@ def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
     loss.estimator_loss(of_teacher)
     with pytest.warns(UserWarning, match="is in training mode"):
         make().estimator_loss(of_teacher)
-    teacher.eval()(IMAGES[0])
+    student(IMAGES[0]), teacher.eval()(IMAGES[0])
     make().estimator_loss(of_teacher)
+    make()(of_student, of_teacher)  # the student trains

@@ -87,15 +87,14 @@ class HoldsProcessGroup:
         return state
 
     def __copy__(self) -> Any:
-        twin = self.__class__.__new__(self.__class__)
-        twin.__setstate__(self.__getstate__() | {"process_group": self.process_group})  # type: ignore[attr-defined] # modules and optimizers have it
-        return twin
+        return self._twin(self.__class__.__new__(self.__class__), self.__getstate__())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = deepcopy(self.__getstate__(), memo) | {"process_group": self.process_group}
-        twin.__setstate__(state)  # type: ignore[attr-defined] # modules and optimizers have it
+        memo[id(self)] = twin = self.__class__.__new__(self.__class__)
+        return self._twin(twin, deepcopy(self.__getstate__(), memo))
+
+    def _twin(self, twin: Any, state: dict[str, Any]) -> Any:
+        twin.__setstate__(state | {"process_group": self.process_group})
         return twin
 
 

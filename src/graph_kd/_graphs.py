@@ -28,7 +28,7 @@ def divergence(
     student: Embeddings, teacher: Embeddings, squash: Squash, block_rows: int | None
 ) -> Tensor:
     """Return Σ_m,i,j G^S (log G^S - log G^T), by blocks of rows; the teacher's are constant."""
-    (theta, phi), (teacher_theta, teacher_phi) = student, (x.detach() for x in teacher)
+    (theta, phi), (teacher_theta, teacher_phi) = student, teacher
 
     def of_rows(theta: Tensor, teacher_theta: Tensor) -> Tensor:
         with torch.no_grad():
