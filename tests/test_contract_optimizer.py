@@ -447,6 +447,7 @@ def state_groups_and_defaults_assigned(on):
     on.optimizer.state = copy.copy(on.optimizer.state)
     on.optimizer.defaults = {**on.optimizer.defaults, "lr": 0.3}
     on.train(range(3))
+    on.optimizer.load_state_dict(on.optimizer.state_dict())  # replaces these objects
     for name in ("param_groups", "state", "defaults"):
         assert getattr(on.optimizer, name) is getattr(on.inner(), name)
     return on.optimizer.defaults["lr"], len(on.optimizer.state)
