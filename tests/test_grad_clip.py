@@ -400,6 +400,15 @@ def test_what_was_not_left_there_untouched_is_task_gradient(change, by_wrapper):
         assert torch.equal(stood, values)
 
 
+def test_what_stood_in_the_gradient_of_an_attention_head_is_its_task_gradient():
+    body, heads = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = GatedGradClip(SGD([body, heads], lr=0.1))
+    heads.grad = torch.tensor([1.5])
+    optimizer.backward(3 * body[0], 6 * heads.sum())
+    assert optimizer.gates == [0.25]  # by its own norm, not by that of all task gradients
+    assert heads.grad.item() == 3.0
+
+
 SHARED = {
     "task": lambda a, b, c: ((a + b).sum() + c.sum(), (c * 3).sum()),
     "transfer": lambda a, b, c: (c.sum(), (a + b).sum()),

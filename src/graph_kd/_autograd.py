@@ -42,7 +42,7 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
     parameters no gradient.
     """
     nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    leaves = [loss for loss in losses if loss.grad_fn is None]
+    leaves: list[Tensor] = []
     looked_at = set(nodes)
     while nodes:
         node = nodes.pop()

@@ -69,7 +69,7 @@ class GradientSums:
         return [
             leaf
             for leaf, left in self.left.items()
-            if left.step == self.step and leaf.requires_grad and left.untouched(leaf)
+            if left.step == self.step and leaf.requires_grad
         ]
 
     def is_gated(self, param: Tensor) -> bool:
