@@ -228,7 +228,7 @@ def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
     monkeypatch.setattr(SecondDevice, "run", refusing)
     try:
         value, gradients, *_ = step(NAME)
-        steep = torch.diag(4.0 ** -torch.arange(20))[None].to(NAME).requires_grad_()
+        steep = torch.diag(8.0 ** -torch.arange(20))[None].to(NAME).requires_grad_()
         (found,) = top_singular_vectors([steep], [4], ["map"])
         found.vectors().sum().backward()  # doubtful samples need float64 here too
     finally:
