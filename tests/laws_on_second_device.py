@@ -228,8 +228,14 @@ def test_a_device_without_float64_is_served_by_the_cpu(monkeypatch):
     monkeypatch.setattr(SecondDevice, "run", refusing)
     try:
         value, gradients, *_ = step(NAME)
+        steep = torch.diag(8.0 ** -torch.arange(20))[None].to(NAME).requires_grad_()
+        (found,) = top_singular_vectors([steep], [4], ["map"])
+        found.vectors().sum().backward()  # doubtful samples need float64 here too
     finally:
         has_float64.cache_clear()
+    assert (found.all.device.type, found.doubtful.device.type) == (NAME, "cpu")
+    assert found.doubtful.all()
+    assert held(steep.grad).isfinite().all()
     wanted, wanted_gradients, *_ = step("cpu")
     torch.testing.assert_close(held(value), wanted, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(gradients, wanted_gradients, strict=True):

@@ -643,3 +643,6 @@ def test_a_compiled_graph_expects_the_shapes_that_there_are(shape, dtype, captur
             tensor.dtype,
             tensor.stride(),
         )
+    # Elsewhere the flags of the form that syncs are on the host.
+    *_, doubtful = find([maps.to("meta")], [2], ["map"], capturable)
+    assert doubtful.device.type == ("meta" if capturable else "cpu")
