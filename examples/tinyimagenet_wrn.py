@@ -44,16 +44,16 @@ class Settings(common.Settings):
     data_name: str | None = "Tiny ImageNet"  # name of the data in records
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # of the teacher, 0 for an untrained one; else as a student's
+    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: as a student's
     first_epochs: int = 40  # epochs of the attention heads before the student
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # factor on a student's channels, times the width
+    student_width: float = 1.0  # further factor on the student's channels
     student_share: float = 1.0  # part of the teacher's images that the students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
     bound: float = 1.0  # largest norm of the transfer gradient, in norms of the task gradient
-    soft_share: float = 0.3  # part of the soft logits in the task loss, for methods with them
+    soft_share: float = 0.3  # weight of the soft logits in the task loss
 
 
 def load(settings: Settings) -> Data:
@@ -84,7 +84,7 @@ def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
 def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
-    """Train the teacher, or a student without one, on the task; return the record."""
+    """Train the teacher, or a student without a teacher, on the task; return the record."""
     epochs = settings.epochs if method == "student" else settings.teacher_epochs or 0
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
@@ -171,7 +171,7 @@ def train_student(
                 logits = student(images).float()
                 with torch.no_grad():
                     targets = teacher(images).float()
-            task = finite(F.cross_entropy(logits, labels))
+            task = finite(F.cross_entropy(logits, labels))  # an error once it has diverged
             if "soft-logits" in method:
                 soft = common.soft_logits(logits, targets)
                 task = (1 - settings.soft_share) * task + settings.soft_share * soft
