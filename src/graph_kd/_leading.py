@@ -41,7 +41,7 @@ DOMINATES = 4.0  # ratio of eigenvalues above which the larger vector is project
 CLEAR_EVERY = 3  # degrees between two such projections: it grows from rounding errors
 STEEP = 32.0  # ratio of eigenvalues above which the smaller one is computed from the map itself
 RIDGE = 1e-14  # relative, added to the diagonal: a Cholesky factor of dependent rows is finite
-TINY = 1e-38  # added as well: rows are zero where a map has fewer channels than the subspace
+TINY = 1e-38  # added as well: filtered rows of maps with few live channels can be zero
 
 
 def fast_vectors(

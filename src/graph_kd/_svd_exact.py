@@ -23,7 +23,7 @@ def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """
     matrix = rows.double()
     _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
-    own = torch.promote_types(rows.dtype, torch.float32)  # float16 has no smaller range
+    own = torch.promote_types(rows.dtype, torch.float32)  # float16's limit is too large
     values = torch.where(values[:, :1] < torch.finfo(own).tiny ** 0.5, 0, values)
     along = basis @ rearrange(matrix.mean(dim=1), "b c -> b c 1")
     basis = torch.where(along < 0, -basis, basis).contiguous()  # as compiled graphs expect
