@@ -646,3 +646,16 @@ def test_a_compiled_graph_expects_the_shapes_that_there_are(shape, dtype, captur
     # Elsewhere the flags of the form that syncs are on the host.
     *_, doubtful = find([maps.to("meta")], [2], ["map"], capturable)
     assert doubtful.device.type == ("meta" if capturable else "cpu")
+
+
+def test_a_value_hidden_in_a_vector_that_has_not_converged_is_looked_for():
+    # By hand: only a map nearly orthogonal to the first vectors of the iteration gets there.
+    values = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, *[0.1] * 19])
+    vectors = torch.eye(24)[[0, 1, 2, 4, 5, 6, 7, 8]][None]
+    for share in (0.0, 0.8):  # of the fourth eigenvector in the fifth row, which is no wanted one
+        vectors[0, 4, [3, 23]] = torch.tensor([share, (1 - share**2) ** 0.5])
+        vectors[0, 4, 5] = 0
+        images = vectors * values
+        ritz = _leading._Ritz((images * vectors).sum(dim=-1), vectors, images)
+        angle = _leading._angle(ritz, torch.tensor([[3]]))
+        assert bool(angle <= _leading.TOLERANCE) is (share == 0)

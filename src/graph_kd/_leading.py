@@ -273,8 +273,11 @@ def _angle(ritz: _Ritz, last: Tensor) -> Tensor:
         angle = torch.zeros_like(values)
     else:
         residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
+        residual = torch.linalg.vector_norm(residual, dim=-1)
         wanted = torch.arange(values.shape[1], device=last.device) <= last
-        angle = torch.where(wanted, torch.linalg.vector_norm(residual, dim=-1) / gap, 0)
+        # A larger value may hide in an unwanted vector, at most its residual above that one's.
+        hides = values + residual > values.gather(1, last)
+        angle = torch.where(wanted, residual / gap, hides.float())
     return torch.where(resolved, angle, torch.inf).amax(dim=1)
 
 
