@@ -1,9 +1,9 @@
-"""Compare forms of a student's own attention heads with the paper's form, on 8×8 digits.
+"""Compare forms of MHGD on 8×8 digits: own heads, the paper's form, gates, graphs.
 
     python examples/own_heads.py --split dev --first-seed 100 --seeds 3
 
 Data, networks and training are those of `quickstart.py`: two labels a class, the other images
-without labels. Each row changes one setting of the own heads, or takes the paper's form. The
+without labels. Each row changes a setting or two of the own heads, or takes the paper's form. The
 control is an untrained teacher with attention heads trained on it as usual: a gain there would not
 come from what the teacher knows. Accuracy after the last step, per cent. ``--out`` gets one JSON
 line a student.
@@ -12,6 +12,7 @@ line a student.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import quickstart
 import torch
 from matplotlib.figure import Figure
 from quickstart import CHANNELS, VGG
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
 from graph_kd import GraphTransferLoss
@@ -34,11 +36,14 @@ class Form:
 
     method: Literal["alone", "paper", "own heads"] = "own heads"
     channels: tuple[int, ...] = HALF
-    squash: Literal["scaled", "tanh"] | None = "scaled"
+    squash: Literal["scaled", "tanh"] | float | None = "scaled"  # a number divides the logits
     head_rate: float = 1.0  # learning rate of the own heads, in the student's
     copied: bool = False  # own heads start as the teacher's
     k: int = 1
+    num_heads: int = 8
     bound: float = 10.0
+    # Of each parameter, of all, or of all as the largest or the mean of the steps so far.
+    task_norm: Literal["parameter", "global", "largest", "mean"] = "parameter"
     teacher: Literal["trained", "untrained"] = "trained"
 
 
@@ -56,6 +61,20 @@ ROWS = {
     "half: heads' rate × 0.1": replace(PLAIN, head_rate=0.1),
     "half: heads' rate × 0.3": replace(PLAIN, head_rate=0.3),
     "half: heads' rate × 3": replace(PLAIN, head_rate=3.0),
+    "half: bound 30": replace(PLAIN, bound=30.0),
+    "half: one task norm": replace(PLAIN, task_norm="global"),
+    "half: one task norm, bound 1": replace(PLAIN, task_norm="global", bound=1.0),
+    "half: largest task norm so far": replace(PLAIN, task_norm="largest"),
+    "half: largest task norm so far, bound 1": replace(PLAIN, task_norm="largest", bound=1.0),
+    "half: mean task norm so far": replace(PLAIN, task_norm="mean"),
+    "half: mean task norm so far, bound 1": replace(PLAIN, task_norm="mean", bound=1.0),
+    "half: 1 head": replace(PLAIN, num_heads=1),
+    "half: 32 heads": replace(PLAIN, num_heads=32),
+    "half: logits / 1.5": replace(PLAIN, squash=1.5),
+    "half: logits / 24": replace(PLAIN, squash=24.0),
+    "equal: paper's form, bound 1": replace(EQUAL, method="paper", bound=1.0),
+    "equal: paper's form, bound 3": replace(EQUAL, method="paper", bound=3.0),
+    "equal: paper's form, bound 30": replace(EQUAL, method="paper", bound=30.0),
     "equal: alone": replace(EQUAL, method="alone"),
     "equal: paper's form": replace(EQUAL, method="paper"),
     "equal: own heads": EQUAL,
@@ -91,7 +110,12 @@ def train_student(
     torch.manual_seed(seed)
     student = VGG(1, form.channels)
     own = form.channels if form.method == "own heads" else None
-    transfer = GraphTransferLoss(CHANNELS, student_channels=own, squash=form.squash, k=form.k)
+    squash: Any = form.squash
+    if isinstance(form.squash, float):
+        squash = partial(torch.mul, other=1 / form.squash)
+    transfer = GraphTransferLoss(
+        CHANNELS, form.num_heads, student_channels=own, squash=squash, k=form.k
+    )
     transfer.estimators = heads.estimators
     if form.copied:
         for own_head, head in zip(transfer.student_heads, transfer.estimators, strict=True):
@@ -100,25 +124,52 @@ def train_student(
     own_rate = form.head_rate * settings.student_rate
     params += [{"params": transfer.student_heads.parameters(), "lr": own_rate}]
     method = "alone" if form.method == "alone" else "MHGD"
+    learning = {"params": params, **gate_of(form)}
     quickstart.train_student(
-        method, student, teacher, transfer, few, train, seed, settings, params=params
+        method, student, teacher, transfer, few, train, seed, settings, **learning
     )
     return quickstart.accuracy(student, measured)
 
 
+def gate_of(form: Form) -> dict[str, Any]:
+    """Return the settings of the gate; "norm" with its bound is the default."""
+    if form.task_norm == "parameter":
+        return {}
+    if form.task_norm == "global":
+        return {"scope": "global"}
+    norms: list[Tensor] = []
+
+    def gate(task: Tensor, transfer: Tensor) -> Tensor:
+        norms.append(task)
+        so_far = torch.stack(norms)
+        norm = so_far.max() if form.task_norm == "largest" else so_far.mean()
+        return (form.bound * norm / transfer).clamp_max(1)
+
+    return {"scope": "global", "gate": gate}
+
+
 def teachers_of(
     seed: int, settings: quickstart.Config
-) -> dict[tuple[str, int], tuple[VGG, GraphTransferLoss]]:
-    """Return teacher and attention heads by "trained" or "untrained", and by k."""
+) -> dict[tuple[str, int, int], tuple[VGG, GraphTransferLoss]]:
+    """Return teacher and attention heads by "trained" or "untrained", k, and number of heads."""
     train, _ = quickstart.load(settings.split)
     torch.manual_seed(seed)
     untrained = VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
     of_kind = {"untrained": untrained, "trained": quickstart.train_teacher(train, seed, settings)}
     return {
-        (kind, k): (teacher, quickstart.train_heads(teacher, train, seed, settings, k=k))
-        for kind, k in dict.fromkeys((form.teacher, form.k) for form in ROWS.values())
-        for teacher in [of_kind[kind]]
+        (kind, k, num_heads): (
+            of_kind[kind],
+            quickstart.train_heads(
+                of_kind[kind], train, seed, replace(settings, num_heads=num_heads), k=k
+            ),
+        )
+        for kind, k, num_heads in dict.fromkeys(map(teaching, ROWS.values()))
     }
+
+
+def teaching(form: Form) -> tuple[str, int, int]:
+    """Return what decides which teacher and attention heads a form needs."""
+    return form.teacher, form.k, form.num_heads
 
 
 def run(config: Config) -> None:
@@ -139,9 +190,10 @@ def run(config: Config) -> None:
         teachers = teachers_of(seed, settings)
         for name, form in tqdm(left.items(), f"seed {seed}"):
             of_form = replace(settings, bound=form.bound)
-            accuracy = train_student(form, *teachers[form.teacher, form.k], seed, of_form)
+            accuracy = train_student(form, *teachers[teaching(form)], seed, of_form)
             record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form), **about}
             records.append(record | {"versions": common.versions("cpu")})
+            records.sort(key=lambda record: list(ROWS).index(record["row"]))
             common.write_records(config.out, records)
     draw(records, config.out.with_suffix(".png"))
     print(table(records))
@@ -150,7 +202,7 @@ def run(config: Config) -> None:
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Draw the mean of each row, with the standard deviation over seeds."""
     lines = pd.DataFrame(records).groupby("row", sort=False)["accuracy"].agg(["mean", "std"])
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.0, 0.5 + 0.24 * len(lines)), layout="constrained")
     axes = figure.subplots()
     axes.barh(lines.index, lines["mean"], xerr=lines["std"].fillna(0))
     axes.invert_yaxis()

@@ -144,14 +144,15 @@ def train_student(
     config: Config,
     *,
     params: Any = None,
+    **gate: Any,
 ) -> VGG:
     """Train a student on few labels and, by soft logits or MHGD, on the teacher.
 
-    ``params`` is what learns, if that is more than the student.
+    ``params`` is what learns, if that is more than the student; ``gate`` are settings of the gate.
     """
     params = student.parameters() if params is None else params
     inner, schedule = sgd(params, config.student_rate, config.student_steps)
-    optimizer = GatedGradClip(inner, bound=config.bound)
+    optimizer = GatedGradClip(inner, bound=config.bound, **gate)
     labelled, unlabelled = batches(few, seed), batches(train, seed)
     of_student = FeatureHooks(student, SENSING_POINTS)
     of_teacher = FeatureHooks(teacher, SENSING_POINTS)
