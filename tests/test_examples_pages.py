@@ -131,9 +131,12 @@ def test_the_page_shows_what_the_benchmark_measured():
 def test_the_readme_states_the_measured_price_of_a_step():
     records = common.read_records(ROOT / "examples/results/benchmark_cpu.jsonl")
     (steps,) = (record["step"].values() for record in records if "step" in record)
-    seconds = [step["seconds"] for step in steps]
-    vgg, wrn = (f"{s['complete'] / s['student alone']:.1f} ×" for s in seconds)
-    assert f"{vgg} (VGG) and {wrn} (WRN)" in README.read_text(encoding="utf-8")
+    steps = list(steps)
+    vgg, wrn = (f"{step['complete / student alone']:.1f} ×" for step in steps)
+    text = README.read_text(encoding="utf-8")
+    assert f"{vgg} (VGG) and {wrn} (WRN)" in text
+    least, most = sorted(round(100 * (step["complete / floor"] - 1)) for step in steps)
+    assert f"graphs and gate add {least} to {most} %" in text
 
 
 def test_each_part_of_the_benchmark_leaves_a_record(tmp_path, capsys):
