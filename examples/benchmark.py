@@ -403,7 +403,7 @@ def main(settings: Settings) -> None:
     """Measure every part, and write and print its record."""
     torch.backends.cudnn.benchmark = True
     file = settings.out / "benchmark.jsonl"
-    about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    about = {name: value for name, value in asdict(settings).items() if name != "out"}
     for part in dict.fromkeys(settings.part):
         record: dict[str, Any] = {part: measure(part, settings), "settings": about}
         record["versions"] = common.versions(settings.device)

@@ -11,6 +11,7 @@ line a student.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import common
 import pandas as pd
 import quickstart
+import tables
 import torch
 from matplotlib.figure import Figure
 from quickstart import CHANNELS, VGG
@@ -212,17 +214,24 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return Markdown with a line a row: mean ± standard deviation over seeds."""
+    """Return Markdown with a line a row: accuracy, and the difference to own heads by seed."""
     frame = pd.DataFrame(records)
-    shown = frame.groupby("row", sort=False)["accuracy"].agg(spread).rename("accuracy, %")
-    text: str = shown.rename_axis("form").to_frame().to_markdown(disable_numparse=True)
+    frame["usual"] = frame["row"].str.split(":").str[0] + ": own heads"
+    usual = frame.set_index(["row", "seed"])["accuracy"].to_dict()
+    pairs = zip(frame["usual"], frame["seed"], strict=True)
+    frame["difference"] = frame["accuracy"] - [usual.get(pair, math.nan) for pair in pairs]
+    rows = [
+        {
+            "form": row,
+            "accuracy, %": tables.spread(of_row["accuracy"]),
+            "against own heads, 95 % interval": tables.interval(of_row["difference"])
+            if of_row["difference"].any()
+            else tables.MISSING,
+        }
+        for row, of_row in frame.groupby("row", sort=False)
+    ]
+    text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     return text
-
-
-def spread(values: pd.Series[float]) -> str:
-    """Return mean ± standard deviation, and how many there are."""
-    sd = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{sd} ({len(values)})"
 
 
 if __name__ == "__main__":

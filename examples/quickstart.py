@@ -282,7 +282,7 @@ def run(config: Config) -> None:
         sd = f"{statistics.stdev(values):.1f}" if len(values) > 1 else "–"
         print(f"{name:12} {statistics.mean(values):5.1f} ± {sd}")
     print(f"Record and picture of the graphs: {config.out}")
-    settings = asdict(config) | {"out": str(config.out)}
+    settings = {name: value for name, value in asdict(config).items() if name != "out"}
     record = {"settings": settings, "versions": common.versions("cpu"), "accuracies": accuracies}
     common.write_records(config.out / "record.json", [record])
 
