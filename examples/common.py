@@ -442,7 +442,7 @@ def accuracy(network: nn.Module, data: Data, settings: Settings) -> float:
     network.eval()
     images, labels = own_share(data.test.images), own_share(data.test.labels)
     right = torch.zeros((), device=labels.device)
-    for some, wanted in zip(torch.split(images, 512), torch.split(labels, 512), strict=True):
+    for some, wanted in zip(torch.split(images, 256), torch.split(labels, 256), strict=True):
         with settings.autocast():
             right += (network(data.normalize(some)).argmax(dim=1) == wanted).sum()
     return round(100 * float(sum_over_processes(right)) / len(data.test.labels), 2)
