@@ -64,7 +64,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {  # for flags
     "> 0 and ≤ 1": (lambda value: 0 < value <= 1, ("student_width", "student_share")),
     "> 0 and ≤ 4": (lambda value: 0 < value <= 4, ("width",)),
     "≥ 0 and ≤ 1": (lambda value: 0 <= value <= 1, ("soft_share",)),
-    "≥ 0 and < 2**63": (lambda value: 0 <= value < 2**63, ("seed",)),
+    "≥ 0 and < 2**63": (lambda value: 0 <= value < 2**63, ("seed", "teacher_seed")),
 }  # fmt: skip
 
 
@@ -498,6 +498,8 @@ class Run:
         cell: dict[str, Any] = {name: getattr(settings, name) for name in names}
         cell |= {"method": method, "classes": data.classes, "images": data.digest, **networks}
         cell["data"] = settings.data_name
+        if (teacher_seed := vars(settings).get("teacher_seed")) is not None:
+            cell["teacher_seed"] = teacher_seed
         key = zlib.crc32(json.dumps(cell, sort_keys=True).encode())
         self.seed, self.order = settings.seed, torch.Generator()
         self.file = settings.out / "networks" / f"{method}-{settings.seed}-{key:08x}.pt"

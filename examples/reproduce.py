@@ -50,6 +50,7 @@ class Settings(cifar100_vgg.Settings):
     rows: tuple[str, ...] = ()  # only these rows, by their titles; else all
     methods: tuple[Method, ...] = ()  # only these methods; else the table's and each form of MHGD
     seeds: tuple[int, ...] = (0, 1, 2)  # a cell each
+    teacher_seed: int | None = None  # one teacher, with its heads, for all seeds; None: one each
     render: tuple[Path, ...] = ()  # print and draw these files of records, and train nothing
     # Set for each cell, so no flags here.
     seed: Fixed[Suppress[int]] = 0
@@ -112,19 +113,22 @@ def train_cell(row: Row, method: str, settings: Settings) -> None:
     """Train a cell, and before it what it needs, where that is not done."""
     script = import_module(row.script)
     data = loaded(row.script, replace(settings, seed=0, num_heads=1, data_name=None))
-    teacher = new_network(row.teacher, settings.width, data, settings)
+    alone = replace(settings, teacher_seed=None)
+    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    of_teacher = replace(alone, seed=seed)
+    teacher = new_network(row.teacher, settings.width, data, of_teacher)
     if method not in ("student", "dml"):  # DML trains a teacher of its own
-        script.train_alone("teacher", teacher, data, settings)
+        script.train_alone("teacher", teacher, data, of_teacher)
     if method == "teacher":
         return
     student = new_network(row.student, settings.width * settings.student_width, data, settings)
     some = data.share(settings.student_share)
     if method == "student":
-        script.train_alone("student", student, some, settings)
+        script.train_alone("student", student, some, alone)
     elif method in RECIPES:
         Distillation(method, student, teacher, some, settings, script).train()
     else:
-        heads = script.train_heads(teacher, some, settings)
+        heads = script.train_heads(teacher, some, of_teacher)
         script.train_student(method, student, teacher, heads, some, settings)
 
 

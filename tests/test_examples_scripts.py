@@ -256,6 +256,22 @@ def test_a_cell_that_diverges_is_left_out_and_named(data, tmp_path):
         reproduce.main(few)
 
 
+def test_students_of_several_seeds_can_share_a_teacher(data, tmp_path):
+    settings = reproduce.Settings(
+        **SMALL, data_dir=data, out=tmp_path, rows=("VGG",), methods=("student", "ab", "mhgd")
+    )
+    reproduce.main(replace(settings, seeds=(1,)))
+    shared = replace(settings, seeds=(1, 2), teacher_seed=0)
+    reproduce.main(shared)
+    cells = [r["settings"] for r in common.read_records(tmp_path / "records.jsonl")]
+    seeds = {method: [] for method in ("teacher", "heads", "student", "ab", "mhgd")}
+    for cell in cells:
+        seeds[cell["method"]].append((cell["seed"], cell.get("teacher_seed")))
+    assert seeds["teacher"] == seeds["heads"] == [(1, None), (0, None)]
+    assert seeds["student"] == [(1, None), (2, None)]  # it has no teacher
+    assert seeds["ab"] == seeds["mhgd"] == [(1, None), (1, 0), (2, 0)]
+
+
 def test_every_table_names_its_cells_and_what_was_published():
     for table, rows in TABLES.items():
         settings = reproduce.Settings(table=(table,), seeds=(0, 0, 1), device="cpu")
@@ -274,6 +290,7 @@ def test_every_table_names_its_cells_and_what_was_published():
         ({"rows": ("VGG16",)}, r"`--rows` must be some of \['VGG', 'WRN'\]; got 'VGG16'"),
         ({"table": ("heads",), "methods": ("ab",)}, "heads must be some of student, mhgd; got ab"),
         ({"seeds": (-1,)}, r"`--seeds` must be ≥ 0 and < 2\*\*63; got -1"),
+        ({"teacher_seed": -1}, r"`--teacher-seed` must be ≥ 0 and < 2\*\*63; got -1"),
     ],
 )
 def test_cells_that_are_not_in_a_table_are_refused(change, message):
