@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 from baselines import RECIPES
 from common import save_figure
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from networks import NETWORKS
 from scipy.stats import t as student_t  # type: ignore[import-untyped] # it ships no types
@@ -218,7 +219,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for place, (method, settings, group) in enumerate(shown):
         given = [f"{name} {value}" for name, value in settings.items() if value != MISSING]
         names.append(", ".join([TITLES[method], *given]))
-        colour = "0.6" if method in ("teacher", "student") else f"C{place % 10}"
+        colour = "0.6" if method in ("teacher", "student") else colormaps["tab20"](place % 20)
         mean, sd = group["accuracy"].mean(), group["accuracy"].std()
         bars.barh(place, mean, xerr=None if pd.isna(sd) else sd, color=colour)
         means = pd.DataFrame(group["curve"].to_list()).mean()
