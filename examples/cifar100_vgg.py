@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from common import Data, Run, finite
 from networks import Network, build
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD
 
@@ -109,15 +110,15 @@ def train_alone(
     return run.finish()
 
 
-def train_heads(teacher: Network, data: Data, settings: Settings) -> GraphTransferLoss:
+def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleList:
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    heads = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
-    heads.to(settings.device)
+    transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
+    heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors' decay of the heads is 5e-4 |w|² without the usual half, hence twice 5e-4.
-    params = heads.estimators.parameters()
-    optimizer = SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    decay, rate = 2 * 5e-4, settings.learning_rate
+    optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as of_teacher:
@@ -126,7 +127,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> GraphTransf
             for images, _labels in data.batches(run.order):
                 with settings.autocast(), torch.no_grad():
                     teacher(images)
-                loss = heads.estimator_loss(of_teacher.features)
+                loss = transfer.estimator_loss(of_teacher.features)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
@@ -140,7 +141,7 @@ def train_student(
     method: Method,
     student: Network,
     teacher: Network,
-    heads: GraphTransferLoss,
+    heads: nn.ModuleList,
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads.estimators
+    transfer.estimators = heads
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}
@@ -196,14 +197,14 @@ def main(settings: Settings) -> None:
     data = load(settings)
     teacher, _ = networks(data, settings)
     records = [train_alone("teacher", teacher, data, settings)]
-    some = data.share(settings.student_share)
+    student_data = data.share(settings.student_share)
     for method in dict.fromkeys(settings.method):
         _, student = networks(data, settings)
         if method == "student":
-            records.append(train_alone("student", student, some, settings))
+            records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, some, settings)
-            records.append(train_student(method, student, teacher, heads, some, settings))
+            heads = train_heads(teacher, student_data, settings)
+            records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
 

@@ -122,14 +122,14 @@ def train_cell(row: Row, method: str, settings: Settings) -> None:
     if method == "teacher":
         return
     student = new_network(row.student, settings.width * settings.student_width, data, settings)
-    some = data.share(settings.student_share)
+    student_data = data.share(settings.student_share)
     if method == "student":
-        script.train_alone("student", student, some, alone)
+        script.train_alone("student", student, student_data, alone)
     elif method in RECIPES:
-        Distillation(method, student, teacher, some, settings, script).train()
+        Distillation(method, student, teacher, student_data, settings, script).train()
     else:
-        heads = script.train_heads(teacher, some, of_teacher)
-        script.train_student(method, student, teacher, heads, some, settings)
+        heads = script.train_heads(teacher, student_data, of_teacher)
+        script.train_student(method, student, teacher, heads, student_data, settings)
 
 
 def main(settings: Settings) -> None:
