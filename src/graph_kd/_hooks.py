@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.jit._script import RecursiveScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -194,7 +195,8 @@ class _Hook:
 
 
 def _feature(name: str, kept: list[_Output]) -> Tensor:
-    traced = any(isinstance(output, FakeTensor | fx.Proxy) for output, _ in kept)
+    of_trace = (FakeTensor, FunctionalTensor, fx.Proxy)
+    traced = any(isinstance(output, of_trace) for output, _ in kept)
     if traced and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"Layer {name!r} gave no values: the last forward pass was a trace (torch.fx, "

@@ -48,7 +48,7 @@ def take(output: Any, select: Select) -> Any:
             found = output[select]
     except Exception as error:  # noqa: BLE001 # a model's forward goes on; reading features raises
         found = error.with_traceback(None)
-    return found if isinstance(found, Tensor | fx.Proxy) else Untaken(output, select, found)
+    return found if isinstance(found, (Tensor, fx.Proxy)) else Untaken(output, select, found)
 
 
 class Untaken(NamedTuple):

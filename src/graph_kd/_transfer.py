@@ -296,7 +296,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         """Return what describes each sample at each point, ``b (k c)``, of student and teacher."""
         most = self.k if self.student_heads else self.student_k
         counts = [max(self.k, min(most, *rows.shape[1:])) for rows in student.values()]
-        found = self._compress(teacher | student, [self.k] * len(teacher) + counts)
+        found = self._compress({**teacher, **student}, [self.k] * len(teacher) + counts)
         theirs, ours = found[: len(teacher)], found[len(teacher) :]
         teacher_rows = [self._row(t.all, t.null) for t in theirs]
         if self.student_heads:
