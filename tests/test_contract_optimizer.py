@@ -497,6 +497,28 @@ def test_a_loop_runs_as_with_the_plain_optimizer(name, gate, make):
     assert_runs_alike(name, make, gate)
 
 
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("transfers", [False, True])
+def test_a_fused_optimizer_finds_gradients_laid_out_as_parameters(make, transfers):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    net, images = copy.deepcopy(plain), torch.randn(2, 3, 8, 8)
+    images = images.contiguous(memory_format=torch.channels_last)  # convolutions follow it
+    fused = make(plain.parameters(), lr=0.01, fused=True)
+    optimizer = GatedGradClip(make(net.parameters(), lr=0.01, fused=True), lambda *_: 1.0)
+    for _ in range(3):
+        fused.zero_grad()
+        optimizer.zero_grad()
+        task, transfer = (on(images).square().mean() for on in (net, net))
+        optimizer.backward(task, transfer if transfers else None)
+        (plain(images).square().mean() * (1 + transfers)).backward()
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            assert ours.grad.stride() == theirs.grad.stride() == ours.stride()
+        fused.step()
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), plain.state_dict())
+
+
 def test_an_optimizer_that_needs_a_closure_can_be_wrapped():
     assert_runs_alike("closure", partial(LBFGS, max_iter=4), closed)
 

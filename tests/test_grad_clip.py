@@ -699,6 +699,26 @@ def test_the_task_loss_is_required_and_may_have_one_element():
     assert torch.equal(param.grad, torch.full((2,), 2.0))
 
 
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_a_leaf_outside_that_nobody_clears_is_gated_by_each_step_alone(scope):
+    task, transfer = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 50.0])
+    held, cleared, never = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    total, found = torch.zeros(2), []
+    optimizer = GatedGradClip(SGD([held], lr=1.0), scope=scope)
+    for factor in (1.0, math.inf, 1.0, 2.0):
+        optimizer.zero_grad()
+        cleared.grad = None
+        for _ in range(2):  # two calls accumulate
+            leaves = [held, cleared, never]
+            optimizer.backward(linear(leaves, [task] * 3), linear(leaves, [factor * transfer] * 3))
+        total += cleared.grad
+        torch.testing.assert_close(never.grad, total)
+        found.append(optimizer.gates)
+    for got, want in zip(found, [0.1, 0, 0.1, 0.05], strict=True):
+        assert got == pytest.approx([want] * (1 if scope == "global" else 3))
+    assert optimizer.skipped == 1
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_rejects_sparse_gradients_in_the_optimizer_and_outside(held):
     words, body = torch.nn.Embedding(5, 2, sparse=True), torch.nn.Linear(2, 1)
@@ -805,3 +825,10 @@ def test_inductor_gives_both_gradients_as_documented(tmp_path):
             check=True,
             env={**environment, **extra},
         )
+
+
+def test_a_gate_that_returns_a_tensor_with_gradient_leaves_none_in_the_gradients():
+    weight = torch.ones((), requires_grad=True)
+    (merged,), _ = merge([torch.ones(2)], [torch.ones(2)], lambda *_: weight * 0.5)
+    assert not merged.requires_grad
+    torch.testing.assert_close(merged, torch.full((2,), 1.5))

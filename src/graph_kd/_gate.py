@@ -96,7 +96,7 @@ def _apply(gate: Gate, task_norm: Tensor, transfer_norm: Tensor, bound: float) -
                 f"`gate` must return a single number; it returned {factor!r}. Return a float or a "
                 "tensor of one element: the factor of the transfer gradient."
             )
-        factors.append(rearrange(torch.as_tensor(factor).to(task_norm), "... -> (...)"))
+        factors.append(rearrange(torch.as_tensor(factor).detach().to(task_norm), "... -> (...)"))
     return torch.cat(factors)
 
 

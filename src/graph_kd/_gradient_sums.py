@@ -36,6 +36,7 @@ class Left(NamedTuple):
     version: int
     sums: Sums
     step: int
+    before: Tensor | None  # of a leaf outside the optimizer: what nobody cleared since other steps
 
     def untouched(self, param: Tensor) -> bool:
         """Return whether it still stands in ``param.grad`` as it was left."""
@@ -55,14 +56,23 @@ class GradientSums:
     def of(self, param: Tensor) -> Sums:
         """Return the sums so far. A gradient that another one left is the task's."""
         left = self.left.get(param)
-        return left.sums if left is not None and left.untouched(param) else Sums(param.grad)
+        if left is None or not left.untouched(param):
+            return Sums(param.grad)
+        return left.sums if left.step == self.step else Sums(None)
 
     def leave(self, param: Tensor, merged: Tensor | None, sums: Sums) -> None:
-        """Put the merged gradient into ``param.grad``."""
+        """Put the merged gradient into ``param.grad``, laid out as `.backward()` would."""
+        left, before = self.left.get(param), None
+        if left is not None and left.untouched(param):
+            before = left.before if left.step == self.step else left.merged
+            merged = _add(before, merged)
+        if merged is not None and _strides(merged) != _strides(param):
+            # Fused optimizers read both in one order.
+            merged = torch.empty_like(param, requires_grad=False).copy_(merged)
         param.grad = merged
         if merged is not None:
             GATED[param] = True
-            self.left[param] = Left(merged, merged._version, sums, self.step)
+            self.left[param] = Left(merged, merged._version, sums, self.step, before)
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors that have a gradient in this step."""
@@ -86,6 +96,11 @@ class GradientSums:
             if not left.untouched(param):
                 del self.left[param]
         self.step += not any(param in self.left for param in params)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides of axes that are longer than one."""
+    return [stride for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
 
 
 def _add(old: Tensor | None, new: Tensor | None) -> Tensor | None:
