@@ -403,12 +403,14 @@ UNKNOWN = "`layers` must name modules of the model; it has no "
 LAYERS_REFUSED = [
     (TypeError, "stem", NAMES + r"the string 'stem'\.$"),
     (TypeError, 3, NAMES + r"int\.$"),
+    (TypeError, {"stem", "head"}, NAMES + r"set\.$"),
     (ValueError, [], r"`layers` must name at least one layer; got none\.$"),
     (ValueError, ["stem", "head", "head"], r"must name each layer once; got 'head' twice\.$"),
     (ValueError, ["stage.0"], UNKNOWN + r"'stage\.0'\. The nearest names are .*'stages\.0'"),
     (ValueError, ["stages.0.0.0"], r"The nearest names are ('[^']*'(, )?){3}\.$"),
     (ValueError, ["module.stem"], UNKNOWN + r"'module\.stem'\. The nearest names are 'stem'\.$"),
     (ValueError, ["qqqqqq"], UNKNOWN + r"'qqqqqq'\. See `model\.named_modules\(\)`"),
+    (ValueError, [["stem"]], UNKNOWN + r"\['stem'\]\. The nearest"),
     (ValueError, [3], UNKNOWN + r"3\. See `model\.named_modules\(\)`"),
 ]
 

@@ -393,6 +393,12 @@ def test_survives_copy_pickle_and_state_dict(form):
         assert torch.equal(twin(*maps), loss(*maps))
 
 
+def test_a_student_with_own_heads_needs_no_candidates():
+    loss = GraphTransferLoss([8, 8], 2, student_channels=[8, 8], k=5)
+    maps = [torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
+    assert loss(maps, maps).isfinite()
+
+
 def test_a_state_of_version_0_1_fits_a_loss_without_student_channels():
     loss = GraphTransferLoss(TEACHER, 3)
     assert {name.split(".")[0] for name in loss.state_dict()} == {"estimators"}

@@ -125,7 +125,7 @@ def in_order(
 
 
 def _as_list(name: str, features: Any, keys: Any) -> list[Any]:
-    if isinstance(features, Tensor) or not isinstance(features, Iterable):
+    if isinstance(features, (Tensor, set, frozenset)) or not isinstance(features, Iterable):
         raise TypeError(
             f"`{name}` must be a list with one tensor a sensing point; "
             f"got {type(features).__name__}."

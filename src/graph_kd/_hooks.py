@@ -249,14 +249,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]:
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    if isinstance(layers, (str, set, frozenset)) or not isinstance(layers, Iterable):
         got = f"the string {layers!r}" if isinstance(layers, str) else type(layers).__name__
         raise TypeError(f"`layers` must be a list of module names; got {got}.")
     names = tuple(layers)
     if not names:
         raise ValueError("`layers` must name at least one layer; got none.")
     for name in names:
-        if name not in modules:
+        if name not in [*modules]:  # a list may be no key
             raise ValueError(_unknown(name, list(modules)))
         if names.count(name) > 1:
             raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")

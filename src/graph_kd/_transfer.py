@@ -160,7 +160,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self.teacher_layout, self.student_layout = layouts
         self.channels = self.teacher_layout.channels
         self.k = check_count("k", k)
-        self.student_k = check_count("student_k", student_k, minimum=k)
+        self.student_k = check_count("student_k", student_k)
+        if student_channels is None and student_k < k:
+            raise ValueError(
+                f"`student_k` must be at least `k` = {k}; got {student_k}. Pass student_k={2 * k}."
+            )
         check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
         check_choice("reduction", reduction, ("sum", "batchmean"), or_callable=False)
         self.squash = squash
