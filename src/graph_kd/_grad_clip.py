@@ -49,10 +49,10 @@ class GatedGradClip(OptimizerShell):
     printed; it never falls below 0.731, so with a summed transfer loss it can swamp the task (a
     small student on digits fell from 89 % to 31 %).
 
-    A transfer gradient that is not finite never reaches the parameters: that step uses the task's
-    alone, and `skipped` counts it. `state_dict` has the count whenever it is not 0. Under
-    `GradScaler` both losses must be scaled, which changes neither gate; a callable sees the scaled
-    norms. Scaling only one of them (a `GradScaler` on the task alone) changes the gate.
+    A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
+    that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
+    is not 0. Under `GradScaler` both losses must be scaled, which changes neither gate; a callable
+    sees the scaled norms. Scaling only one of them changes the gate.
 
     A leaf that the losses reach and the optimizer does not hold (a head of a second optimizer, a
     learned prompt) gets what ``.backward()`` would give it, gated in the same way; `zero_grad` does
@@ -90,7 +90,8 @@ class GatedGradClip(OptimizerShell):
             outside the optimizer; one without a transfer loss counts with zero.
         capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
             `skipped` is a tensor on the device then, and always in `state_dict`. A captured
-            `backward` keeps the gate, bound and losses that it was captured with.
+            `backward` keeps the gate, bound and losses that it was captured with. In a skipped step
+            a parameter that only the transfer loss reaches gets a gradient of zero, not None.
 
     Attributes:
         gates: The factors last applied, one for each parameter that the transfer loss reaches, in
@@ -103,9 +104,10 @@ class GatedGradClip(OptimizerShell):
             or a loss reaches them, or a loss is no tensor.
         ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
             gives a sparse gradient, or a callable gate that returns no single number.
-        RuntimeError: several processes are running and no process group was given, or they reach
-            different leaves outside the optimizer; the losses came through reentrant activation
-            checkpoints, or through a compiled student that donates its buffers.
+        RuntimeError: several processes are running and no process group was given, or the leaves
+            that they reach outside the optimizer differ in number, shape or dtype; the losses came
+            through reentrant activation checkpoints, or through a compiled student that donates its
+            buffers.
 
     Example:
         >>> import torch

@@ -105,9 +105,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
             for the device. A sample whose vectors want float64 (two filters do not suffice, or two
             of its singular values are closer than 0.05 %) keeps those of float32, its gradient
-            bounded; the attribute `doubtful` counts such samples, on the device. Maps with NaN are
-            not refused, and float64 maps are. Small matrices take some 1,400 kernels more. The
-            first call makes constants: warm up before a capture.
+            bounded; the attribute `doubtful` counts such samples, on the device. Maps with NaN,
+            or whose Gram matrix overflows, are not refused, and float64 maps are. Small matrices
+            take some 1,400 kernels more. The first call makes constants: warm up before a capture.
 
     Shape:
         - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
