@@ -44,7 +44,7 @@ class Settings(common.Settings):
     data_name: str | None = "Tiny ImageNet"  # name of the data in records
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: as a student's
+    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None becomes `epochs`
     first_epochs: int = 40  # epochs of the attention heads before the student
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
@@ -109,6 +109,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
+    # Heads train on plain logits: `squash` concerns the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors' decay of the heads is 5e-4 |w|² without the usual half, hence twice 5e-4.

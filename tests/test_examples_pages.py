@@ -51,8 +51,8 @@ def test_a_table_is_made_of_its_records(path):
         assert record["versions"]["commit"]
         *_, epochs = record["phases"].values()
         assert [epoch["epoch"] for epoch in epochs] == [*range(1, len(epochs) + 1)]
-        if record["settings"]["method"] != "heads":
-            assert record["accuracy"] == epochs[-1]["test_accuracy"]
+        # Attention heads have no accuracy, nor has a teacher that stays untrained.
+        assert record.get("accuracy") == (epochs[-1].get("test_accuracy") if epochs else None)
 
 
 def test_tables_of_the_readme_are_some_of_the_results():
