@@ -36,8 +36,8 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# What is done to the graphs' logits: nothing in the poster, tanh in the authors' program. The other
-# methods divide them by the square root of the attention heads' width ("scaled").
+# What is done to the graphs' logits: nothing in the poster, tanh in the authors' program. Methods
+# that are not listed divide them by the square root of the attention heads' width ("scaled").
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
@@ -146,7 +146,7 @@ def train_student(
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Train the student on the task and, behind the gate, on the teacher's graphs.
+    """Train the student on the task and on the teacher's graphs, whose gradient the gate limits.
 
     ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
     give the student attention heads of its own, or add soft logits to the task.
@@ -181,11 +181,11 @@ def train_student(
             if "soft-logits" in method:
                 soft = common.soft_logits(logits, targets)
                 task = (1 - settings.soft_share) * task + settings.soft_share * soft
-            graphs = transfer(of_student.features, of_teacher.features)
+            graph_loss = transfer(of_student.features, of_teacher.features)
             optimizer.zero_grad()
-            optimizer.backward(task, graphs)  # two gradients; the gate limits the second
+            optimizer.backward(task, graph_loss)  # two gradients; the gate limits the second
             optimizer.step()
-            losses.append([task.detach(), graphs.detach()])
+            losses.append([task.detach(), graph_loss.detach()])
         run.log(losses, test_accuracy=common.accuracy(student, data, settings))
         schedule.step()
     of_student.remove()

@@ -175,8 +175,8 @@ def train_student(
         task = F.cross_entropy(logits[: len(labels)], labels)
         optimizer.zero_grad()
         if method.startswith("MHGD"):
-            graphs = transfer(of_student.features, of_teacher.features)
-            optimizer.backward(task, graphs)  # two gradients; the gate limits the second
+            graph_loss = transfer(of_student.features, of_teacher.features)
+            optimizer.backward(task, graph_loss)  # two gradients; the gate limits the second
         elif method == "soft logits":
             soft = common.soft_logits(logits, targets, config.temperature)
             optimizer.backward(task + config.soft_weight * config.temperature**2 * soft)
