@@ -4,13 +4,16 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the record.
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --classes 20 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/vgg
+    python examples/cifar100_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
+        --student-share 0.1
 
 The defaults are the schedule, optimizer and augmentation of the authors' program (Lee & Song, BMVC
 2019), which they published for a ResNet: batches of 128; reflection padding of 4, random crop and
 flip; SGD with Nesterov momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at
 30, 60 and 80 % of 100 epochs. Before the student, the attention heads train for 40 epochs. The
 second command is small enough for two CPU cores; the third shares every batch between two
-processes. To continue a run, give the same command again.
+processes; the fourth is what the README recommends: few labels, and attention heads of the
+student's own. To continue a run, give the same command again.
 """
 
 from __future__ import annotations
