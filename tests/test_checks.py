@@ -8,7 +8,13 @@ import pytest
 import torch
 from einops import rearrange
 
-from graph_kd import GatedGradClip, GraphTransferLoss, MultiHeadGraphEstimator, SVDFeature
+from graph_kd import (
+    GatedGradClip,
+    GraphTransferLoss,
+    MultiHeadGraphEstimator,
+    SVDFeature,
+    align_singular_vectors,
+)
 
 CHANNELS = (6, 8, 10)
 
@@ -143,6 +149,11 @@ VALUES = [
      r"`channel_dim` must name an axis of `teacher_features\[0\]`"),
     (partial(loss(channel_dim=-1).estimator_loss, maps()), ValueError,
      r"6 channels on axis 3.*Axis 1 has 6.*channel_dim=1"),
+    (partial(align_singular_vectors, torch.ones(2, 0, 5), torch.ones(2, 1, 5)), ValueError,
+     r"`student` must hold at least one candidate"),
+    *[(partial(align_singular_vectors, torch.ones(2, 3, 5), torch.ones(2, 1, 5), null=null),
+       ValueError, r"`null` must be bool with axes \(b, i\) = \(2, 3\), .*; got torch\.")
+      for null in (torch.ones(3).bool(), torch.ones(2, 2).bool(), torch.ones(2, 3))],
 ]  # fmt: skip
 
 

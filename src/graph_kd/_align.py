@@ -46,7 +46,8 @@ def align_singular_vectors(
 
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: an argument is not of rank 3, or batch or channels differ.
+        ValueError: student or teacher is not of rank 3, their batch or channels differ, there is no
+            candidate, or ``null`` does not fit.
     """
     check_floating("student", student)
     check_floating("teacher", teacher)
@@ -59,6 +60,13 @@ def align_singular_vectors(
         raise ValueError(
             "`student` and `teacher` must have axes (b, i, c) and (b, k, c) with the same b and c; "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if student.shape[1] == 0:
+        raise ValueError("`student` must hold at least one candidate a sample; got none.")
+    if null is not None and (null.dtype != torch.bool or null.shape != student.shape[:2]):
+        raise ValueError(
+            f"`null` must be bool with axes (b, i) = {tuple(student.shape[:2])}, one entry a "
+            f"candidate; got {null.dtype} {tuple(null.shape)}."
         )
     ((choice, sign),) = closest([student], [teacher], [null])
     return sign * student.gather(1, repeat(choice, "b k -> b k c", c=student.shape[2]))
