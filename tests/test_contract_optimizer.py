@@ -509,7 +509,7 @@ def test_a_fused_optimizer_finds_gradients_laid_out_as_parameters(make, transfer
     for _ in range(3):
         fused.zero_grad()
         optimizer.zero_grad()
-        task, transfer = (on(images).square().mean() for on in (net, net))
+        task, transfer = (net(images).square().mean() for _ in range(2))
         optimizer.backward(task, transfer if transfers else None)
         (plain(images).square().mean() * (1 + transfers)).backward()
         for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):

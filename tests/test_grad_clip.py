@@ -699,7 +699,7 @@ def test_the_task_loss_is_required_and_may_have_one_element():
     assert torch.equal(param.grad, torch.full((2,), 2.0))
 
 
-@pytest.mark.parametrize("scope", ["parameter", "global"])
+@scopes
 def test_a_leaf_outside_that_nobody_clears_is_gated_by_each_step_alone(scope):
     task, transfer = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 50.0])
     held, cleared, never = (torch.zeros(2, requires_grad=True) for _ in range(3))

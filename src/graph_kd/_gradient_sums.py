@@ -36,7 +36,7 @@ class Left(NamedTuple):
     version: int
     sums: Sums
     step: int
-    before: Tensor | None  # of a leaf outside the optimizer: what nobody cleared since other steps
+    before: Tensor | None  # gradient of earlier steps that nobody cleared: of leaves outside alone
 
     def untouched(self, param: Tensor) -> bool:
         """Return whether it still stands in ``param.grad`` as it was left."""

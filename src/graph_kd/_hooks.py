@@ -256,7 +256,7 @@ def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]
     if not names:
         raise ValueError("`layers` must name at least one layer; got none.")
     for name in names:
-        if name not in [*modules]:  # a list may be no key
+        if name not in list(modules):  # a name may be unhashable
             raise ValueError(_unknown(name, list(modules)))
         if names.count(name) > 1:
             raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
