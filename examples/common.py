@@ -168,7 +168,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 def place(network: M, settings: Settings) -> M:
     """Return the network on its device; on several GPUs batch norm sees the whole batch."""
     if num_processes() > 1 and settings.device == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return] # torch's own overloads leave it out
 
 

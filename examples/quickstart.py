@@ -109,7 +109,7 @@ def train_teacher(train: ImageSet, seed: int, config: Config) -> VGG:
     for _ in tqdm(range(config.teacher_steps), "teacher", leave=False):
         images, labels = next(stream)
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(teacher(images), labels))
+        F.cross_entropy(teacher(images), labels).backward()
         optimizer.step()
         schedule.step()
     return teacher.eval().requires_grad_(False)
@@ -129,7 +129,7 @@ def train_heads(
             images, _labels = next(stream)
             teacher(images)
             optimizer.zero_grad()
-            torch.autograd.backward(transfer.estimator_loss(of_teacher.features))
+            transfer.estimator_loss(of_teacher.features).backward()
             optimizer.step()
             schedule.step()
     return transfer

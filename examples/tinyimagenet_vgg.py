@@ -125,7 +125,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
                     teacher(images)
                 loss = transfer.estimator_loss(of_teacher.features)
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                loss.backward()
                 optimizer.step()
                 losses.append([loss.detach()])
             run.log(losses)
