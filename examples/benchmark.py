@@ -88,7 +88,7 @@ def trained_pairs(settings: Settings) -> list[tuple[Network, Network]]:
             for _ in tqdm(range(settings.train_steps), f"{network.name} learns", leave=False):
                 chosen = torch.randint(len(images), (settings.batch_size,))
                 sgd.zero_grad()
-                torch.autograd.backward(F.cross_entropy(network(images[chosen]), labels[chosen]))
+                F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
                 sgd.step()
         pairs.append((teacher, student))
     return pairs
@@ -268,14 +268,13 @@ def measure_step(
 ) -> dict[str, Any]:
     """Return seconds of a step and of its parts.
 
-    The floor is the teacher's forward pass, the student's, and two backward passes.
+    The floor is the teacher's forward pass, the student's, and two backward passes. "Complete" is
+    the paper's form, with shared heads.
     """
     teacher.eval().requires_grad_(False)
-    params = list(student.train().parameters())
+    params, channels = list(student.train().parameters()), student.channels
     of_teacher = FeatureHooks(teacher, teacher.sensing_points)
     of_student = FeatureHooks(student, student.sensing_points)
-    transfer = GraphTransferLoss(student.channels).to(settings.device)
-    optimizer = GatedGradClip(SGD(params, 1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4))
 
     def student_alone() -> None:
         torch.autograd.grad(F.cross_entropy(student(images), labels), params)
@@ -286,23 +285,38 @@ def measure_step(
         torch.autograd.grad(task, params, retain_graph=True)
         torch.autograd.grad(task, params)
 
-    def complete() -> None:
-        teacher(images)
-        task = F.cross_entropy(student(images), labels)
-        graphs = transfer(of_student.features, of_teacher.features)
-        optimizer.zero_grad()
-        optimizer.backward(task, graphs)
-        optimizer.step()
+    def complete(transfer: GraphTransferLoss) -> Callable[[], None]:
+        learning = [*params, *transfer.to(settings.device).student_heads.parameters()]
+        sgd = SGD(learning, 1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = GatedGradClip(sgd)
 
-    tasks = {"student alone": student_alone, "floor": floor, "complete": complete}
+        def step() -> None:
+            teacher(images)
+            task = F.cross_entropy(student(images), labels)
+            graphs = transfer(of_student.features, of_teacher.features)
+            optimizer.zero_grad()
+            optimizer.backward(task, graphs)
+            optimizer.step()
+
+        return step
+
+    tasks = {
+        "student alone": student_alone,
+        "floor": floor,
+        "complete": complete(GraphTransferLoss(channels)),
+        "own heads": complete(GraphTransferLoss(channels, student_channels=channels)),
+    }
     seconds = seconds_of({"teacher forward": lambda: teacher(images), **tasks}, settings)
     peaks = {name: peak_bytes(task, settings.device) for name, task in tasks.items()}
     of_student.remove()
     of_teacher.remove()
     return {
         "seconds": {name: median(values) for name, values in seconds.items()},
-        "complete / floor": ratio(seconds["complete"], seconds["floor"]),
-        "complete / student alone": ratio(seconds["complete"], seconds["student alone"]),
+        **{
+            f"{step} / {other}": ratio(seconds[step], seconds[other])
+            for step in ("complete", "own heads")
+            for other in ("floor", "student alone")
+        },
         "peak_bytes": peaks,
     }
 
