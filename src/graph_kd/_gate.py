@@ -23,13 +23,20 @@ Scope = Literal["parameter", "global"]
 
 
 def merge_gradients(
-    sums: Sequence[Sums], gate: Gate, *, scope: Scope, bound: float, capturable: bool
+    sums: Sequence[Sums],
+    gate: Gate,
+    *,
+    scope: Scope,
+    bound: float,
+    capturable: bool,
+    skip: bool | Tensor = False,
 ) -> tuple[list[Tensor | None], Tensor, bool | Tensor]:
     """Return task + factor · transfer as new tensors, the factors, and whether this was skipped.
 
     A gradient is None where both are None. There is one factor for each transfer gradient that is
     not None, or a single one for scope "global"; none without a transfer gradient. If a transfer
-    norm or a factor is not finite, the transfer gradients are left out and the factors are zero.
+    norm or a factor is not finite, or where ``skip``, the transfer gradients are left out and the
+    factors are zero.
 
     The host looks once whether all is finite. If ``capturable`` it does not, and the last value is
     a tensor.
@@ -39,7 +46,9 @@ def merge_gradients(
     factors = torch.zeros(0)
     skipped: bool | Tensor = False
     if reached:
-        factors, skipped = _factors(sums, reached, gate, scope=scope, bound=bound)
+        factors, infinite = _factors(sums, reached, gate, scope=scope, bound=bound)
+        skipped = infinite if skip is False else infinite | skip
+        factors = torch.where(skipped, 0, factors)
         skipped = skipped if capturable else bool(skipped)
     if reached and skipped is not True:
         gated = _times(factors, list(reached.values()))
@@ -76,8 +85,7 @@ def _factors(
     finite = torch.isfinite(transfer_norm).all()
     # A callable must cope with norms of zero, not with infinite ones.
     factors = _apply(gate, task_norm, torch.where(finite, transfer_norm, 0), bound)
-    finite = finite & torch.isfinite(factors).all()
-    return torch.where(finite, factors, 0), ~finite
+    return factors, ~(finite & torch.isfinite(factors).all())
 
 
 def _apply(gate: Gate, task_norm: Tensor, transfer_norm: Tensor, bound: float) -> Tensor:

@@ -180,15 +180,21 @@ class GatedGradClip(OptimizerShell):
             transfer = average_over_processes(transfer, params, group)
         earlier = [shared.sums.of(p) for p in params]  # 3
         sums = [old.plus(*new) for old, *new in zip(earlier, task, transfer, strict=True)]
+        # A step that is skipped stays so: a parameter without task gradient keeps no infinite sum.
+        again = any(s.task_reaches or s.transfer is not None for s in earlier)
+        skip = again and shared.sums.skipped
         merged, shared.sums.factors, skipped = merge_gradients(  # 4, 5
-            sums, shared.gate, scope=shared.scope, bound=shared.bound, capturable=shared.capturable
+            sums,
+            shared.gate,
+            scope=shared.scope,
+            bound=shared.bound,
+            capturable=shared.capturable,
+            skip=skip,
         )
         for p, gradient, its_sums in zip(params, merged, sums, strict=True):
             shared.sums.leave(p, gradient, its_sums)
 
-        # A step is skipped once, however many calls it accumulates. `a > b` is "a and not b".
-        again = any(s.transfer is not None for s in earlier) and shared.sums.skipped
-        shared.skipped += skipped > again
+        shared.skipped += skipped > skip  # that is "skipped and not skip": once a step
         shared.sums.skipped = skipped
 
     @property
