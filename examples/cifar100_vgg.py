@@ -7,11 +7,12 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the record.
     python examples/cifar100_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
         --student-share 0.1
 
-The defaults are the schedule, optimizer and augmentation of the authors' program (Lee & Song, BMVC
-2019), which they published for a ResNet: batches of 128; reflection padding of 4, random crop and
-flip; SGD with Nesterov momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at
-30, 60 and 80 % of 100 epochs. Before the student, the attention heads train for 40 epochs. The
-second command is small enough for two CPU cores; the third shares every batch between two
+The defaults (schedule, optimizer, augmentation) are those of the authors' program for a ResNet (Lee
+& Song, BMVC 2019): batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
+momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100
+epochs. Before the student, the attention heads train for 40 epochs.
+
+The second command is small enough for two CPU cores; the third shares every batch between two
 processes; the fourth is what the README recommends: few labels, and attention heads of the
 student's own. To continue a run, give the same command again.
 """
@@ -52,7 +53,7 @@ class Settings(common.Settings):
     data_name: str | None = "CIFAR-100"  # name of the data in records
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None becomes `epochs`
+    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: `epochs`
     first_epochs: int = 40  # epochs of the attention heads before the student
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
@@ -60,7 +61,7 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the teacher's images that the students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest norm of the transfer gradient, in norms of the task gradient
+    bound: float = 1.0  # largest transfer gradient, as a multiple of the task gradient
     soft_share: float = 0.3  # weight of the soft logits in the task loss
 
 
@@ -93,7 +94,9 @@ def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
     """Train the teacher, or a student without a teacher, on the task; return the record."""
-    epochs = settings.epochs if method == "student" else settings.teacher_epochs or 0
+    epochs = settings.epochs
+    if method == "teacher" and settings.teacher_epochs is not None:
+        epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
     run = Run(settings, data, method, **{method: network.name})
@@ -149,7 +152,7 @@ def train_student(
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Train the student on the task and on the teacher's graphs, whose gradient the gate limits.
+    """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
     ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
     give the student attention heads of its own, or add soft logits to the task.
@@ -162,7 +165,7 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads
+    transfer.estimators = heads  # trained before; this loss sends them no gradient
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}

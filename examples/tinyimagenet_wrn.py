@@ -45,7 +45,7 @@ class Settings(common.Settings):
     data_name: str | None = "Tiny ImageNet"  # name of the data in records
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None becomes `epochs`
+    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: `epochs`
     first_epochs: int = 40  # epochs of the attention heads before the student
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
@@ -53,7 +53,7 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the teacher's images that the students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest norm of the transfer gradient, in norms of the task gradient
+    bound: float = 1.0  # largest transfer gradient, as a multiple of the task gradient
     soft_share: float = 0.3  # weight of the soft logits in the task loss
 
 
@@ -86,7 +86,9 @@ def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
     """Train the teacher, or a student without a teacher, on the task; return the record."""
-    epochs = settings.epochs if method == "student" else settings.teacher_epochs or 0
+    epochs = settings.epochs
+    if method == "teacher" and settings.teacher_epochs is not None:
+        epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
     run = Run(settings, data, method, **{method: network.name})
@@ -142,7 +144,7 @@ def train_student(
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Train the student on the task and on the teacher's graphs, whose gradient the gate limits.
+    """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
     ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
     give the student attention heads of its own, or add soft logits to the task.
@@ -155,7 +157,7 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads
+    transfer.estimators = heads  # trained before; this loss sends them no gradient
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}

@@ -25,7 +25,8 @@ def blocks() -> list[Block]:
 
 def setup_commands() -> list[str]:
     """Return the one-line commands that install from the checkout and run something."""
-    return [b.text.strip() for b in blocks() if b.text.startswith("pip install -c constraints.txt")]
+    lines = [line for block in blocks() for line in block.text.splitlines()]
+    return [line for line in lines if line.startswith("pip install -c constraints.txt")]
 
 
 if __name__ == "__main__":

@@ -136,10 +136,11 @@ def test_the_readme_states_the_measured_price_of_a_step():
     records = common.read_records(ROOT / "examples/results/benchmark_cpu.jsonl")
     (steps,) = (record["step"].values() for record in records if "step" in record)
     steps = list(steps)
-    vgg, wrn = (f"{step['complete / student alone']:.1f} ×" for step in steps)
     text = README.read_text(encoding="utf-8")
-    assert f"{vgg} (VGG) and {wrn} (WRN)" in text
-    least, most = sorted(round(100 * (step["complete / floor"] - 1)) for step in steps)
+    for form, told in (("complete", "{} × (VGG) and {} × (WRN)"), ("own heads", "{} × and {} ×")):
+        assert told.format(*(f"{step[f'{form} / student alone']:.1f}" for step in steps)) in text
+    shares = [step[f"{form} / floor"] for step in steps for form in ("complete", "own heads")]
+    least, most = (round(100 * (share - 1)) for share in (min(shares), max(shares)))
     assert f"graphs and gate add {least} to {most} %" in text
 
 
