@@ -7,8 +7,8 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the record.
     python examples/cifar100_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
         --student-share 0.1
 
-The defaults (schedule, optimizer, augmentation) are those of the authors' program for a ResNet (Lee
-& Song, BMVC 2019): batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
+The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
+them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
 momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100
 epochs. Before the student, the attention heads train for 40 epochs.
 
@@ -81,7 +81,7 @@ def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
 
 
 def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
-    """Return SGD in the wrapper that merges two gradients behind the gate.
+    """Return SGD in the wrapper that adds a second, gated gradient.
 
     With one loss it is SGD alone. Among several processes it also averages the gradients.
     """
@@ -155,7 +155,7 @@ def train_student(
     """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
     ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
-    give the student attention heads of its own, or add soft logits to the task.
+    scale the logits, give the student attention heads of its own, or add soft logits to the task.
     """
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(

@@ -72,7 +72,7 @@ def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
 
 
 def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
-    """Return SGD in the wrapper that merges two gradients behind the gate.
+    """Return SGD in the wrapper that adds a second, gated gradient.
 
     With one loss it is SGD alone. Among several processes it also averages the gradients.
     """
@@ -146,7 +146,7 @@ def train_student(
     """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
     ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
-    give the student attention heads of its own, or add soft logits to the task.
+    scale the logits, give the student attention heads of its own, or add soft logits to the task.
     """
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
