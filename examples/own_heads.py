@@ -1,11 +1,12 @@
-"""Compare forms of MHGD on 8×8 digits: own heads, the paper's form, gates, graphs.
+"""Compare forms of MHGD, and uses of it, on 8×8 digits: own heads, gates, graphs, teachers, labels.
 
     python examples/own_heads.py --split dev --first-seed 100 --seeds 3
 
 Data, networks and training are those of `quickstart.py`: two labels a class, the other images
 without labels. Each row changes a setting or two of the own heads, or takes the paper's form. The
 control is an untrained teacher with attention heads trained on it as usual: a gain there would not
-come from what the teacher knows. Accuracy after the last step, per cent. ``--out`` gets one JSON
+come from what the teacher knows. A teacher of rotations has learned, without any label, by how many
+quarter turns an image was rotated. Accuracy after the last step, per cent. ``--out`` gets one JSON
 line a student.
 """
 
@@ -22,6 +23,7 @@ import pandas as pd
 import quickstart
 import tables
 import torch
+from common import ImageSet
 from matplotlib.figure import Figure
 from quickstart import CHANNELS, VGG
 from torch import Tensor
@@ -36,7 +38,7 @@ HALF = tuple(channels // 2 for channels in CHANNELS)
 class Form:
     """A way to train a student; the defaults are what each row changes one of."""
 
-    method: Literal["alone", "paper", "own heads"] = "own heads"
+    method: Literal["alone", "soft logits", "paper", "own heads"] = "own heads"
     channels: tuple[int, ...] = HALF
     squash: Literal["scaled", "tanh"] | float | None = "scaled"  # a number divides the logits
     head_rate: float = 1.0  # learning rate of the own heads, in the student's
@@ -46,13 +48,17 @@ class Form:
     bound: float = 10.0
     # Of each parameter, of all, or of all as the largest or the mean of the steps so far.
     task_norm: Literal["parameter", "global", "largest", "mean"] = "parameter"
-    teacher: Literal["trained", "untrained"] = "trained"
+    teacher: Literal["trained", "untrained", "rotations"] = "trained"
+    wrong: int = 0  # of each ten labels of the student
 
 
 PLAIN = Form()
 EQUAL = replace(PLAIN, channels=CHANNELS)
+WRONG = replace(PLAIN, wrong=4)
+EIGHTH = replace(PLAIN, channels=tuple(channels // 8 for channels in CHANNELS))
 ROWS = {
     "half: alone": replace(PLAIN, method="alone"),
+    "half: soft logits": replace(PLAIN, method="soft logits"),
     "half: own heads": PLAIN,
     "half: control, untrained teacher": replace(PLAIN, teacher="untrained"),
     "half: bound 1": replace(PLAIN, bound=1.0),
@@ -83,6 +89,16 @@ ROWS = {
     "equal: own heads, copied": replace(EQUAL, copied=True),
     "equal: own heads, copied, rate × 0.1": replace(EQUAL, copied=True, head_rate=0.1),
     "equal: control, untrained teacher": replace(EQUAL, teacher="untrained"),
+    "half, teacher of rotations: soft logits": replace(
+        PLAIN, teacher="rotations", method="soft logits"
+    ),
+    "half, teacher of rotations: own heads": replace(PLAIN, teacher="rotations"),
+    "half, 4 of 10 labels wrong: alone": replace(WRONG, method="alone"),
+    "half, 4 of 10 labels wrong: soft logits": replace(WRONG, method="soft logits"),
+    "half, 4 of 10 labels wrong: own heads": WRONG,
+    "eighth: alone": replace(EIGHTH, method="alone"),
+    "eighth: soft logits": replace(EIGHTH, method="soft logits"),
+    "eighth: own heads": EIGHTH,
 }
 
 
@@ -108,7 +124,7 @@ def train_student(
 ) -> float:
     """Train one student with the teacher's attention heads; return its accuracy."""
     train, measured = quickstart.load(settings.split)
-    few = quickstart.take_per_class(train, settings.labels, seed)
+    few = mislabelled(quickstart.take_per_class(train, settings.labels, seed), form.wrong, seed)
     torch.manual_seed(seed)
     student = VGG(1, form.channels)
     own = form.channels if form.method == "own heads" else None
@@ -125,12 +141,27 @@ def train_student(
     params: list[dict[str, Any]] = [{"params": student.parameters()}]
     own_rate = form.head_rate * settings.student_rate
     params += [{"params": transfer.student_heads.parameters(), "lr": own_rate}]
-    method = "alone" if form.method == "alone" else "MHGD"
+    method = form.method if form.method in ("alone", "soft logits") else "MHGD"
     learning = {"params": params, **gate_of(form)}
     quickstart.train_student(
         method, student, teacher, transfer, few, train, seed, settings, **learning
     )
     return quickstart.accuracy(student, measured)
+
+
+def mislabelled(digits: ImageSet, wrong: int, seed: int) -> ImageSet:
+    """Return the digits with ``wrong`` of each ten labels changed to another class."""
+    generator, count = torch.Generator().manual_seed(seed), len(digits.labels)
+    chosen = torch.randperm(count, generator=generator) % 10 < wrong
+    other = torch.randint(1, 10, (count,), generator=generator)
+    return replace(digits, labels=(digits.labels + chosen * other) % 10)
+
+
+def rotated(digits: ImageSet) -> ImageSet:
+    """Return each image by 0 to 3 quarter turns, labelled by their number."""
+    turns = [torch.rot90(digits.images, turn, (2, 3)) for turn in range(4)]
+    labels = torch.arange(4).repeat_interleave(len(digits.labels))
+    return ImageSet(torch.cat(turns), labels)
 
 
 def gate_of(form: Form) -> dict[str, Any]:
@@ -157,7 +188,11 @@ def teachers_of(
     train, _ = quickstart.load(settings.split)
     torch.manual_seed(seed)
     untrained = VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
-    of_kind = {"untrained": untrained, "trained": quickstart.train_teacher(train, seed, settings)}
+    of_kind = {
+        "untrained": untrained,
+        "trained": quickstart.train_teacher(train, seed, settings),
+        "rotations": quickstart.train_teacher(rotated(train), seed, settings),
+    }
     return {
         (kind, k, num_heads): (
             of_kind[kind],
