@@ -268,6 +268,14 @@ def test_batchmean_divides_the_sum_by_the_samples():
     torch.testing.assert_close(mean(student, teacher), summed(student, teacher) / 6)
 
 
+@pytest.mark.parametrize(("name", "value"), [("reduction", "mean"), ("squash", "tan")])
+def test_settings_are_checked_when_they_are_used(name, value):
+    loss = make()
+    setattr(loss, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*; got '{value}'"):
+        loss(features(), features())
+
+
 def test_callable_squash_takes_logits_to_logits():
     maps = features(), features(seed=1)
     torch.testing.assert_close(make(squash=torch.tanh)(*maps), make(squash="tanh")(*maps))

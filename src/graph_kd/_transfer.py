@@ -165,8 +165,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             raise ValueError(
                 f"`student_k` must be at least `k` = {k}; got {student_k}. Pass student_k={2 * k}."
             )
-        check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
-        check_choice("reduction", reduction, ("sum", "batchmean"), or_callable=False)
+        _check_settings(squash, reduction)
         self.squash = squash
         self.reduction = reduction
         self.process_group = check_process_group(process_group)
@@ -208,6 +207,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self, student_features: Iterable[Tensor], teacher_features: Iterable[Tensor]
     ) -> Tensor:
         """Return L_transfer; it trains the student, and its own heads if it has any."""
+        _check_settings(self.squash, self.reduction)  # as set since
         keys, maps = in_order(
             self._keys, student_features=student_features, teacher_features=teacher_features
         )
@@ -344,6 +344,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 theta, phi = of_pair.embeddings(front, back)
                 embeddings.append((own_part(theta, group, dim=1), phi))
         return embeddings
+
+
+def _check_settings(squash: Any, reduction: Any) -> None:
+    check_choice("squash", squash, (None, "scaled", "tanh"), or_callable=True)
+    check_choice("reduction", reduction, ("sum", "batchmean"), or_callable=False)
 
 
 def _neighbours(points: Sequence[T]) -> list[tuple[T, T]]:
