@@ -243,6 +243,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     axes.barh(lines.index, lines["mean"], xerr=lines["std"].fillna(0))
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set(xlabel="accuracy after the last step, %")
     axes.spines[["top", "right"]].set_visible(False)
     common.save_figure(figure, path)
