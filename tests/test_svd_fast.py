@@ -290,7 +290,7 @@ def test_a_map_out_of_range_reaches_no_other_without_the_host(bad, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(64, 64), (16, 8)])
+@pytest.mark.parametrize("shape", [(64, 64), (16, 8), (20, 40)])
 def test_no_maps_have_no_vectors(shape, dtype):
     rows = torch.zeros(0, *shape, dtype=dtype, requires_grad=True)
     vectors = SVDFeature(2)(rows)

@@ -80,7 +80,11 @@ def _find(
     if not has_float64(device):
         found = _find([rows.cpu() for rows in maps], counts, names, False)
         return [t if i % 5 == 4 else t.to(device) for i, t in enumerate(found)]
-    results: dict[int, tuple[Tensor, ...]] = {}
+    results = {
+        i: tuple(_fake_find([rows], [counts[i]], names, capturable))
+        for i, rows in enumerate(maps)
+        if not len(rows)
+    }
     with whole_float32(device):
         fast = [i for i, rows in enumerate(maps) if rows.dtype != torch.float64 and len(rows)]
         if fast:
@@ -96,12 +100,11 @@ def _find(
                     some = part.nonzero()[:, 0].to(device)
                     vectors, null, *_ = exact_vectors(maps[i][some], counts[i])
                     results[i][0][some], results[i][1][some] = vectors.float(), null
-        for i in set(range(len(maps))) - {*fast}:
+        for i in set(range(len(maps))) - {*results}:
             check_finite(maps[i], names[i])
             vectors, null, values, basis = exact_vectors(maps[i], counts[i])
-            own = torch.promote_types(maps[i].dtype, torch.float32)  # an empty map may be of any
             every = torch.ones(len(maps[i]), dtype=torch.bool)
-            results[i] = (vectors.to(own), null, values.to(own), basis.to(own), every)
+            results[i] = (vectors, null, values, basis, every)
     return [tensor for i in range(len(maps)) for tensor in results[i]]
 
 
