@@ -1,6 +1,5 @@
 """FeatureHooks: what it collects, from which models, and what it refuses."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,7 +22,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from graph_kd import FeatureHooks, GraphTransferLoss
-from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
 from graph_kd._hooks import unwrap
 
 
@@ -657,20 +655,6 @@ def test_copied_hooks_hold_no_batch_and_say_that_they_are_a_copy(net, mode, make
 
 # Features of an earlier step.
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": pickled,
-    "trace": lambda net: torch.jit.trace(net, batch()),
-    "frozen trace": lambda net: torch.jit.freeze(torch.jit.trace(net.eval(), batch())),
-}
-READS = {
-    "features": lambda hooks: hooks.features,
-    "hooks": lambda hooks: hooks,
-    "dict": lambda hooks: dict(enumerate(hooks.features)),
-    "one changed on the way": lambda hooks: [2 * hooks.features[0], *hooks.features[1:]],
-}
-reads = pytest.mark.parametrize("read", READS)
-
 
 def hooked():
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6))
@@ -681,86 +665,69 @@ def without_hooks():
     return [torch.randn(3, 6, requires_grad=True) for _ in range(2)]
 
 
-def loop(read, copies="deepcopy"):
+@pytest.fixture(params=["as they are", "in a mapping, one changed"])
+def do(request):
     """Return a function that does what it is told, in the words of a training loop."""
     (student, of_student), (teacher, of_teacher) = hooked(), hooked()
-    copies, read = [COPIES[copies](net) for net in (student, teacher)], READS[read]
-    transfer, held = GraphTransferLoss([6, 6], 2), {"unhooked": without_hooks()}
+    student_copy, teacher_copy = copy.deepcopy(student), copy.deepcopy(teacher)
+    of = {"student": of_student, "teacher": of_teacher, "unhooked": without_hooks()}
+    transfer = GraphTransferLoss([6, 6], 2)
+
+    def read(name):
+        if request.param == "as they are":
+            return of[name]
+        first, *rest = of[name]
+        return dict(enumerate([2 * first, *rest]))
+
     words = {
-        "student": lambda: student(torch.randn(3, 4)),
-        "teacher": lambda: teacher(torch.randn(3, 4)),
-        "student_copy": lambda: copies[0](torch.randn(3, 4)),
-        "teacher_copy": lambda: copies[1](torch.randn(3, 4)),
-        "loss": lambda: transfer(read(of_student), read(of_teacher)),
-        "look": torch.no_grad()(lambda: transfer(read(of_student), read(of_teacher))),
-        "heads": lambda: transfer.estimator_loss(read(of_teacher)),
+        "student": lambda: student(batch()),
+        "teacher": lambda: teacher(batch()),
+        "student_copy": lambda: student_copy(batch()),
+        "teacher_copy": lambda: teacher_copy(batch()),
+        "loss": lambda: transfer(read("student"), read("teacher")),
+        "look": torch.no_grad()(lambda: transfer(read("student"), read("teacher"))),
+        "heads": lambda: transfer.estimator_loss(read("teacher")),
         "read_teacher": lambda: of_teacher.features,
-        "keep": lambda: held.update(student=of_student.features, teacher=of_teacher.features),
-        "loss_of_kept_teacher": lambda: transfer(read(of_student), held["teacher"]),
-        "loss_of_kept_student": lambda: transfer(held["student"], read(of_teacher)),
-        "another_unhooked": lambda: held.update(unhooked=without_hooks()),
-        "loss_of_unhooked": lambda: transfer(held["unhooked"], read(of_teacher)),
-        "loss_without_hooks": lambda: transfer(without_hooks(), held["unhooked"]),
-        "loss_of_unhooked_teacher": lambda: transfer(read(of_student), without_hooks()),
-        "heads_without_hooks": lambda: transfer.estimator_loss(held["unhooked"]),
+        "keep": lambda: of.update(kept_student=list(of_student), kept_teacher=list(of_teacher)),
+        "loss_of_kept_teacher": lambda: transfer(read("student"), of["kept_teacher"]),
+        "loss_of_kept_student": lambda: transfer(of["kept_student"], read("teacher")),
+        "another_unhooked": lambda: of.update(unhooked=without_hooks()),
+        "loss_of_unhooked": lambda: transfer(of["unhooked"], read("teacher")),
+        "loss_of_unhooked_teacher": lambda: transfer(read("student"), without_hooks()),
+        "heads_of_unhooked": lambda: transfer.estimator_loss(without_hooks()),
+        "hook_student_anew": lambda: of.update(student=FeatureHooks(student, ["1", "2"])),
     }
-
-    def do(text):
-        for word in text.split():
-            words[word]()
-
-    return do
+    return lambda text: [words[word]() for word in text.split()]
 
 
-def stale(role):
-    message = (
-        rf"The {role}'s features \(layers \['1', '2'\]\) are those of an earlier step: .*did not "
-        "run since.*place the hooks on that copy.*read `features` once and pass that list each"
-    )
-    return pytest.raises(RuntimeError, match=message)
-
-
-@reads
-@pytest.mark.parametrize("copies", COPIES)
-@pytest.mark.parametrize(
-    ("role", "running"), [("student", "student_copy teacher"), ("teacher", "student teacher_copy")]
-)
-def test_a_second_step_on_a_model_whose_copy_runs_is_refused(role, running, copies, read):
-    do = loop(read, copies)
-    do(f"student teacher loss {running}")
-    with stale(role):
-        do("loss")
-    do("student teacher loss")
-
-
-@reads
 @pytest.mark.parametrize(
     "text",
     [
         "student teacher loss student teacher loss",
         "student teacher loss loss heads student_copy loss heads",  # losses of one step
-        "teacher heads heads heads teacher heads",  # the heads learn one batch by heart
         "student teacher keep student loss_of_kept_teacher student loss_of_kept_teacher",
         "student teacher keep teacher loss_of_kept_student teacher loss_of_kept_student",
         "teacher student look student look",  # a loss without gradient is no step
         # Averages run beside both models, before their passes and after a look at the features.
         "teacher_copy teacher student read_teacher teacher_copy student_copy loss heads",
         "teacher loss_of_unhooked loss_of_unhooked teacher another_unhooked loss_of_unhooked",
-        "loss_without_hooks loss_without_hooks heads_without_hooks heads_without_hooks",
-        "student loss_of_unhooked_teacher loss_of_unhooked_teacher",
+        "student loss_of_unhooked_teacher heads_of_unhooked loss_of_unhooked_teacher",
     ],
 )
-def test_features_serve_their_own_step_and_a_kept_list_any(text, read):
-    loop(read)(text)
+def test_features_serve_their_own_step_and_a_kept_list_any(do, text):
+    do(text)
 
 
-@reads
 @pytest.mark.parametrize(
     ("role", "before", "refused"),
     [
+        # Only one model runs: the hooks of the other do not see its pickle or trace.
         ("teacher", "student teacher loss student", "loss"),
+        ("student", "student teacher loss teacher", "loss"),
+        ("teacher", "student teacher loss student teacher_copy", "loss"),
         ("student", "student teacher loss teacher student_copy teacher", "loss"),
         ("teacher", "student teacher keep student loss_of_kept_teacher student", "loss"),
+        ("teacher", "student teacher loss hook_student_anew student", "loss"),
         ("teacher", "teacher loss_of_unhooked another_unhooked", "loss_of_unhooked"),
         # The same student does not hide that a copy teaches.
         ("teacher", "teacher loss_of_unhooked loss_of_unhooked teacher_copy", "loss_of_unhooked"),
@@ -769,48 +736,37 @@ def test_features_serve_their_own_step_and_a_kept_list_any(text, read):
         ("hooked model", "teacher read_teacher teacher_copy read_teacher teacher_copy", "heads"),
     ],
 )
-def test_features_of_an_earlier_step_are_refused_until_the_model_runs(role, before, refused, read):
-    do = loop(read)
+def test_features_of_an_earlier_step_are_refused_until_the_model_runs(do, role, before, refused):
+    message = (
+        rf"The {role}'s features \(layers \['1', '2'\]\) are those of an earlier step: .*did not "
+        "run since.*place the hooks on that copy.*read `features` once and pass that list each"
+    )
     do(before)
-    with stale(role):
+    with pytest.raises(RuntimeError, match=message):
         do(refused)
     do(f"student teacher {refused}")
 
 
 def test_one_pass_serves_every_pair_of_models_and_layers():
     nets, transfer = [hooked() for _ in range(4)], GraphTransferLoss([6, 6], 2)
-    students, teachers = (
-        [hooks for _, hooks in two] + [FeatureHooks(net, ["0", "1"]) for net, _ in two]
-        for two in (nets[:2], nets[2:])
-    )
+    of_nets = [[hooks, FeatureHooks(net, ["0", "1"])] for net, hooks in nets]
     for seed in range(2):
         for net, _ in nets:
             net(batch(seed))
-        for of_student, of_teacher in itertools.product(students, teachers):
-            transfer(of_student, of_teacher)
-            transfer.estimator_loss(of_teacher)
+        for pair in itertools.product(of_nets[0] + of_nets[1], of_nets[2] + of_nets[3]):
+            transfer(*pair)
+            transfer.estimator_loss(pair[1])
 
 
-def test_hooks_placed_anew_for_each_step_are_the_same_source():
-    (student, _), (teacher, of_teacher) = hooked(), hooked()
-    transfer = GraphTransferLoss([6, 6], 2)
-    teacher(batch())
-    for refusal in (contextlib.nullcontext(), stale("teacher")):
-        with FeatureHooks(student, ["1", "2"]) as of_student:
-            student(batch())
-            with refusal:
-                transfer(of_student, of_teacher)
-
-
-def test_checks_keep_no_features_alive_and_make_no_cycles():
+def test_losses_keep_no_features_alive_and_make_no_cycles():
     (student, of_student), (teacher, of_teacher) = hooked(), hooked()
+    transfer, unhooked = GraphTransferLoss([6, 6], 2), without_hooks()
     student(batch(0))
     teacher(batch(0))
-    unhooked = torch.ones(3, 6)
-    check_fresh(of_student.features, of_teacher.features)
-    check_fresh([unhooked], of_teacher.features)
-    check_estimator_fresh(of_teacher.features)
-    watched = [weakref.ref(feature) for feature in (unhooked, *of_student, *of_teacher)]
+    transfer(of_student, of_teacher)
+    transfer(unhooked, of_teacher)
+    transfer.estimator_loss(of_teacher)
+    watched = [weakref.ref(feature) for feature in (unhooked[0], *of_student, *of_teacher)]
     gc.disable()
     try:
         del unhooked
@@ -822,18 +778,11 @@ def test_checks_keep_no_features_alive_and_make_no_cycles():
         gc.enable()
 
 
-def test_norms_in_training_mode_are_named():
-    moving = nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.LazyBatchNorm2d()
-    moving = *moving, nn.InstanceNorm2d(4, track_running_stats=True)
-    others = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.Dropout()
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(*others, *moving)).eval()
-    hooks = FeatureHooks(net, ["0"])
-    net(torch.randn(2, 3, 2, 2))
-    features = hooks.features
-    assert training_norms(features) == []
-    net[1][3].train()
-    assert training_norms(features) == ["1.3"]
-    net.train()
-    assert training_norms(features) == ["1.3", "1.4", "1.5", "1.6"]
-    assert training_norms(tuple(features)) == training_norms(features)
-    assert training_norms([torch.ones(2)]) == []
+def test_a_norm_of_the_teacher_whose_running_statistics_move_is_named():
+    still = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.Dropout()
+    norms = nn.Sequential(*still, nn.BatchNorm2d(4).eval(), nn.SyncBatchNorm(4))
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 1), norms)
+    hooks = FeatureHooks(teacher, ["0", "1"])
+    teacher(torch.randn(3, 3, 2, 2))
+    with pytest.warns(UserWarning, match=r"in training mode \(see '1\.4'\)"):
+        GraphTransferLoss([4, 4], 2).estimator_loss(hooks)
