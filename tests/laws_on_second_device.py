@@ -171,6 +171,8 @@ def test_samples_that_want_float64_are_counted_and_stay_finite():
     assert all(bool(held(m.grad).isfinite().all()) for m in ours)
     # The constant map of the student, whose k is 4, and the map of zeros of both.
     assert int(held(loss.doubtful)) == 3
+    loss(ours, [m.to(NAME) for m in maps])
+    assert int(held(loss.doubtful)) == 6
     assert "doubtful" not in loss.state_dict()
 
 

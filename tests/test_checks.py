@@ -1,6 +1,7 @@
 """Every refusal names the argument, what was expected and what came, and often the fix."""
 
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -133,8 +134,11 @@ VALUES = [
     (partial(estimator, ONES.double(), BACK), TypeError, r"`front` .*float32 on cpu"),
     (partial(estimator, ONES, BACK.to("meta")), TypeError, r"`back` .*float32 on cpu.*on meta"),
     (partial(estimator, None, BACK), TypeError, r"`front` must be a tensor; got NoneType"),
-    (partial(heads(2), ONES, BACK, kept_heads=torch.ones(4, 2)), ValueError,
-     r"`kept_heads` must have shape .* = \(2, 4\); got \(4, 2\)"),
+    *[(partial(heads(2), ONES, BACK, kept_heads=torch.ones(shape)), ValueError,
+       rf"`kept_heads` must have shape .* = \(2, 4\); got {re.escape(str(shape))}")
+      for shape in ((4, 2), (1, 4), (2, 1))],
+    (partial(heads(2).frozen_embeddings, ONES[:1], BACK), ValueError,
+     r"at least 2 samples.*got 1 and 4"),
     (partial(loss(), maps(), maps(batch=5)), ValueError, r"`teacher_features\[0\]` .* same 6 sam"),
     (partial(loss().graphs, maps(), of=1), ValueError, r"`of` .* 'teacher', 'student'; got 1"),
     *[(partial(loss(squash=s), maps(), maps()), ValueError, r"`squash` must return logits of")

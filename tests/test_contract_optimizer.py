@@ -580,8 +580,9 @@ def assert_accumulates(net, optimizer, accumulate):
 
 def test_sums_outlive_a_zero_grad_that_clears_nothing():
     net = network()
-    optimizer = GatedGradClip(Accumulates(net.parameters(), lr=0.1, momentum=0.9))
-    assert_accumulates(net, optimizer, contextlib.nullcontext)
+    unused = torch.zeros(1, requires_grad=True)
+    inner = Accumulates([*net.parameters(), unused], lr=0.1, momentum=0.9)
+    assert_accumulates(net, GatedGradClip(inner), contextlib.nullcontext)
 
 
 def test_leaves_outside_take_part_while_zero_grad_clears_nothing():
@@ -633,4 +634,8 @@ def test_a_step_on_other_gradients_warns_once(clear, step):
 
 def test_a_step_at_rate_zero_warns_of_nothing():
     """By one, torch.distributed.checkpoint makes the state."""
-    plain_step(Loop(partial(sgd, lr=0.0), "norm", wrapped=True))
+    on = Loop(partial(sgd, lr=0.0), "norm", wrapped=True)
+    plain_step(on)
+    on.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1})
+    with ungated():
+        plain_step(on)

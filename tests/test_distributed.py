@@ -182,6 +182,9 @@ def other_leaves(group, kind):
     task, transfer = body.losses(torch.ones(2, 3).double())
     if kind == "number":
         task = body.held(torch.ones(2, 3).double()).sum() if rank == 0 else task
+    elif kind == "dtype":
+        more = torch.zeros(2, dtype=[torch.float64, torch.float32][rank % 2], requires_grad=True)
+        task = task + more.sum()
     else:
         task = task + torch.zeros(2 + rank, requires_grad=True).sum()
     optimizer.backward(task, transfer)
@@ -231,7 +234,9 @@ def work(rank, world, folder):
         "owners": [two_owners(group), two_owners(group, transfer=False)],
         "reached": heads_reached_in_one_process(group),
         "one transfer": transfer_in_one_process(group),
-        "leaves": {kind: refusal_of(other_leaves, group, kind) for kind in ("number", "shape")},
+        "leaves": {
+            kind: refusal_of(other_leaves, group, kind) for kind in ("number", "shape", "dtype")
+        },
         "gathered": gathered_gradients(group),
         "ones": average_over_processes(each_reached_by_one_process(rank), ones, group),
     }
@@ -305,7 +310,9 @@ def test_a_missing_transfer_loss_counts_as_zero_in_the_mean(processes):
         assert process["one transfer"] == pytest.approx(1.0 + 2.0 / len(processes))
 
 
-@pytest.mark.parametrize(("kind", "counts"), [("number", r"\[0, 2"), ("shape", r"\[3, 3")])
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("number", r"\[0, 2"), ("shape", r"\[3, 3"), ("dtype", r"\[3, 3")]
+)
 def test_every_process_refuses_leaves_that_differ(processes, kind, counts):
     for process in processes:
         message = process["leaves"][kind]

@@ -1,5 +1,6 @@
 """Laws of the estimator, against slow loops and by its symmetries."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -136,16 +137,16 @@ def test_gradcheck_of_logits_and_loss():
 
 
 def test_state_dict_reads_like_the_method():
-    estimator = MultiHeadGraphEstimator(16, 24, num_heads=8)
+    estimator = MultiHeadGraphEstimator(17, 24, num_heads=8)
     shapes = {name: tuple(t.shape) for name, t in estimator.named_parameters()}
     assert shapes == {
         "theta.0.weight": (160, 24),
         "theta.1.weight": (160,),
         "theta.1.bias": (160,),
-        "phi.0.weight": (160, 16),
+        "phi.0.weight": (160, 17),
         "phi.1.weight": (160,),
         "phi.1.bias": (160,),
-        "f1.0.weight": (20, 16),
+        "f1.0.weight": (20, 17),
         "f1.1.weight": (20,),
         "f1.1.bias": (20,),
         "f2.weight": (24, 160),
@@ -159,6 +160,12 @@ def test_autocast_has_no_effect():
     wanted = estimator(front, back)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(estimator(front, back), wanted)
+
+
+def test_half_precision_parameters_compute_in_float32():
+    half, (front, back) = make().eval().bfloat16(), (rows.bfloat16() for rows in vectors())
+    whole = copy.deepcopy(half).float()
+    torch.testing.assert_close(half(front, back), whole(front.float(), back.float()))
 
 
 def test_weights_start_from_hes_normal_distribution_by_fan_out_and_the_bias_at_zero():

@@ -107,6 +107,16 @@ def test_the_teacher_phase_sets_the_order_of_the_keys(channels):
 # Vectors of singular value zero.
 
 
+@pytest.mark.parametrize("form", ["paper", "own heads"])
+def test_a_sample_without_a_vector_is_no_error_where_a_point_has_few_candidates(form):
+    """Points with fewer positions offer fewer candidates to the alignment than others."""
+    own = {} if form == "paper" else {"student_channels": (8, 8)}
+    loss = make((8, 8), **own)
+    student, teacher = ([torch.randn(4, 8, s, s) for s in (4, 1)] for _ in range(2))
+    student[1][2] = 0
+    assert loss(student, teacher).isfinite()
+
+
 def of_rank(rank, n, c, seed, batch=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(batch, n, rank, generator=generator, dtype=torch.float64)

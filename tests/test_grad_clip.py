@@ -506,6 +506,17 @@ def test_a_transfer_gradient_that_is_not_finite_is_left_out_and_counted_once_a_s
     assert optimizer.skipped == 2
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_skipped_step_stays_so_where_the_task_has_no_gradient(capturable):
+    body, heads = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = GatedGradClip(SGD([body, heads], lr=0.1), capturable=capturable)
+    for factor in (math.inf, 1.0):
+        optimizer.backward(body.sum(), factor * heads.sum())
+        assert not any(optimizer.gates)
+        assert int(optimizer.skipped) == 1
+    assert heads.grad is None or not heads.grad.any()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @scopes
 @pytest.mark.parametrize("capturable", [True, False])

@@ -7,7 +7,7 @@ import gc
 import itertools
 import pickle
 import weakref
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -220,6 +220,7 @@ OUTPUTS = {
     "tuple": (lambda x: (x, None), "tuple ({}, NoneType)", "0"),
     "list": (lambda x: [*[0] * 7, x], f"list ({'int, ' * 7}{{}})", "7", "-1"),
     "dict": (lambda x: {"out": x}, "dict ('out': {})", "'out'"),
+    "mapping": (lambda x: UserDict(out=x), "UserDict ('out': {})", "'out'"),
     "number keys": (lambda x: {7: x}, "dict ({})", "7"),
     "namedtuple": (Pair, "Pair ('hidden': {}, 'cache': NoneType)", "'hidden'", "0"),
     "dataclass": (lambda x: Record(0, x), "Record ('cache': int, 'hidden': {})", "'hidden'"),
@@ -298,6 +299,14 @@ def test_a_select_that_takes_no_tensor_raises_where_features_are_read(make, sele
     assert getattr(caught.value.__cause__, "__traceback__", None) is None  # it held the batch
 
 
+def test_hooks_of_a_compiled_layer_see_it_after_it_ran_without_them():
+    net = nn.Sequential(torch.compile(nn.Linear(4, 6), backend="eager"), nn.Linear(6, 6))
+    net(batch())
+    with FeatureHooks(net, ["0"]) as hooks:
+        net(batch())
+        assert hooks.features[0].shape == (3, 6)
+
+
 # Features of an earlier step.
 
 
@@ -373,6 +382,7 @@ def test_features_serve_their_own_step_and_a_kept_list_any(do, text):
         ("student", "student teacher loss teacher student_copy teacher", "loss"),
         ("teacher", "student teacher keep student loss_of_kept_teacher student", "loss"),
         ("teacher", "student teacher loss hook_student_anew student", "loss"),
+        ("teacher", "student teacher loss keep student", "loss"),
         ("teacher", "teacher loss_of_unhooked another_unhooked", "loss_of_unhooked"),
         # The same student does not hide that a copy teaches.
         ("teacher", "teacher loss_of_unhooked loss_of_unhooked teacher_copy", "loss_of_unhooked"),

@@ -264,10 +264,11 @@ def test_alignment_equals_the_loops(seed, k_teacher):
         ([-1e-13, 2e-13, 0.0, 1.0], [False, False], 0),
         ([0.0, 0.0, 0.0, 1.0], [True, False], 1),
         ([0.0, 0.0, 0.0, 1.0], [True, True], 0),
+        ([0.0, 1e-10, 0.0, 1.0], [False, False], 1),
     ],
-    ids=["orthogonal", "tie", "orthogonal but for rounding", "first is null", "all are null"],
+    ids=["orthogonal", "tie", "but for rounding", "first is null", "all are null", "close"],
 )
-def test_alignment_without_a_closest_vector_takes_the_first_that_is_not_null(teacher, null, chosen):
+def test_alignment_takes_the_closest_vector_else_the_first_that_is_not_null(teacher, null, chosen):
     axes = torch.eye(4, dtype=torch.float64)[None]
     teacher, null = torch.tensor([[teacher]], dtype=torch.float64), torch.tensor([null])
     aligned = align_singular_vectors(axes[:, :2], teacher, null=null)

@@ -241,6 +241,10 @@ def sequences(layer):
     return chain(nn.Linear(6, 8), Apply(lambda x: x.transpose(0, 1)), layer)
 
 
+def normed_tokens():
+    return chain(Apply(lambda x: x.mT, chain(nn.Linear(6, 8), nn.LayerNorm((7, 8)))))
+
+
 def gives(function):
     return lambda: output_of(function), "1", VECTORS
 
@@ -282,6 +286,8 @@ WRONG = {
     "video": (ON_3.replace("3", "4"), channels_last, "0", (4, 5, 9, 9, 3)),
     "norm": (ON_3, lambda: chain(nn.Linear(3, 8), nn.LayerNorm(8)), "1", LAST),
     "permuted": (ON_3, lambda: chain(Apply(to_last, nn.Conv2d(3, 8, 1))), "0", (4, 3, 9, 9)),
+    "as many samples": (ON_3, lambda: chain(Apply(to_last, nn.Conv2d(3, 8, 1))), "0", (8, 3, 9, 9)),
+    "norm of two axes": (RANK_3, normed_tokens, "0", LONG),
     "conv": (RANK_3, lambda: chain(nn.Conv1d(1, 8, 3)), "0", (4, 1, 50)),
     "square": (RANK_3, lambda: chain(nn.Conv1d(1, 8, 1)), "0", (4, 1, 8)),
     "instance norm": (RANK_3, lambda: chain(nn.Conv1d(1, 8, 1), nn.InstanceNorm1d(8)), "1", SERIES),
