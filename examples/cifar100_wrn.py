@@ -144,8 +144,8 @@ def train_student(
 ) -> dict[str, Any]:
     """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
-    ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. Others
-    scale the logits, give the student attention heads of its own, or add soft logits to the task.
+    ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. The
+    other names say what is added: scaled logits, own heads (scaled too), soft logits.
     """
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
@@ -200,7 +200,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)
+            heads = train_heads(teacher, student_data, settings)  # trained ones are loaded
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
