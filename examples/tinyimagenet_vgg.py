@@ -145,8 +145,9 @@ def train_student(
 ) -> dict[str, Any]:
     """Train the student on the task and, behind the gate, towards the teacher's graphs.
 
-    ``method`` is a form of MHGD: "mhgd" is the poster's, "mhgd-tanh" the authors' program's. The
-    other names say what is added: scaled logits, own heads (scaled too), soft logits.
+    ``method`` is a form of MHGD. The graphs' logits are plain in "mhgd" (the poster's) and squashed
+    in "mhgd-tanh" (the authors' program's). The other names say what is added: scaled logits, own
+    heads (scaled too), soft logits.
     """
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(

@@ -27,7 +27,9 @@ from torch import Tensor
 
 __all__ = ["fast_gradient", "fast_vectors"]
 
-EXTRA = 4  # vectors beside the wanted ones: the gap to the last one decides the convergence
+# Vectors beside the wanted ones: the gap to the last one decides the convergence. With two, 95 % of
+# maps with gaps of 1.5 % take the exact path in the fixed form; with four 7 %.
+EXTRA = 4
 DIRECT = 16  # rows of the largest Gram matrix that is decomposed whole: that is as fast
 DEGREE, MOST = 10, 24  # of a filter: of the fixed form, and at most on the CPU
 FILTERS, FILTERS_CPU = 2, 5  # of the fixed form, and at most on the CPU after the first one
@@ -37,9 +39,13 @@ CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative needs flo
 SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram diagonal: its rounding errors squared fit float32
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
 LOG_SPREAD = 12.0  # of the growth in the first filter: below 16, rows stay independent
-DOMINATES = 4.0  # ratio of eigenvalues above which the larger vector is projected out
+# Ratio of eigenvalues above which the larger vector is projected out. Without that, 3 % of the maps
+# of a trained VGG take the exact path in the fixed form, and all with one value ten times the next.
+DOMINATES = 4.0
 CLEAR_EVERY = 3  # degrees between two such projections: it grows from rounding errors
-STEEP = 32.0  # ratio of eigenvalues above which the smaller one is computed from the map itself
+# Ratio of eigenvalues above which the smaller one is computed from the map itself. Without that,
+# the error of its gradient is 2 to 4 times as large.
+STEEP = 32.0
 RIDGE = 1e-14  # relative, added to the diagonal: a Cholesky factor of dependent rows is finite
 TINY = 1e-38  # added as well: filtered rows of maps with few live channels can be zero
 
