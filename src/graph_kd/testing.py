@@ -66,6 +66,11 @@ def assert_feature_hooks(
         AssertionError: a check failed; the message names the layer.
     """
     inputs = _Inputs(sample)
+    lists: dict[str, Any] = {"student_layers": student_layers, "teacher_layers": teacher_layers}
+    lists |= {} if student_channels is None else {"student_channels": student_channels}
+    for name, given in lists.items():
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise AssertionError(f"{name} must be a list with one entry a layer; got {given!r}.")
     if len(student_layers) != len(teacher_layers):
         raise AssertionError(
             f"student_layers and teacher_layers must pair up; got {len(student_layers)} "
