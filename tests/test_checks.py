@@ -152,7 +152,7 @@ VALUES = [
     (partial(loss(channel_dim=4).estimator_loss, maps()), ValueError,
      r"`channel_dim` must name an axis of `teacher_features\[0\]`"),
     (partial(loss(channel_dim=-1).estimator_loss, maps()), ValueError,
-     r"6 channels on axis 3.*Axis 1 has 6.*channel_dim=1"),
+     r"6 channels on axis 3.*6 entries are on axis 1.*channel_dim=1"),
     (partial(align_singular_vectors, torch.ones(2, 0, 5), torch.ones(2, 1, 5)), ValueError,
      r"`student` must hold at least one candidate"),
     *[(partial(align_singular_vectors, torch.ones(2, 3, 5), torch.ones(2, 1, 5), null=null),
@@ -185,9 +185,9 @@ FEATURES = [
     (maps(p0=torch.ones(6, 6, 0, 4)), ValueError, r"\[0\]` must have at least one posit"),
     (maps(p1=maps()[1].double()), TypeError, r"\[1\]` of torch.float64 .*float32.*\.to\(tor"),
     # Maps that would fit with another axis are told which.
-    (moved(maps(), -1), ValueError, r"Axis -1 has 6: if .*, pass channel_dim=-1"),
-    (moved(maps(), 2), ValueError, r"Axis 2 has 6: .* pass channel_dim=2"),
-    (moved(VIDEO, -1), ValueError, r"Axis -1 has 6: .*channel_dim=-1"),
+    (moved(maps(), -1), ValueError, r"6 entries are on axis -1: if .*, pass channel_dim=-1"),
+    (moved(maps(), 2), ValueError, r"6 entries are on axis 2: .* pass channel_dim=2"),
+    (moved(VIDEO, -1), ValueError, r"6 entries are on axis -1: .*channel_dim=-1"),
     ([rearrange(m, "b c h w -> b c (h w)") for m in maps()], ValueError,
      r"\[0\]` must have 6 .*Axis 1 has 6: .* tokens `b n c`; .*Conv1d.*`features\.mT`"),
 ]  # fmt: skip
@@ -222,7 +222,7 @@ def test_only_a_student_is_told_of_student_channels(features):
 
 def test_a_student_whose_height_is_the_teachers_channels_is_told_of_both_ways():
     student = [torch.ones(6, c // 2, c, c) for c in CHANNELS]
-    with pytest.raises(ValueError, match=r"Axis 2 and axis -1 has 6.*`student_channels`"):
+    with pytest.raises(ValueError, match=r"6 .* on axis 2 and axis -1.*`student_channels`"):
         loss()(student, maps())
 
 

@@ -461,9 +461,7 @@ def fabric_shell(optimizer):
     return fabric.Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer)
 
 
-ungated = partial(
-    pytest.warns, UserWarning, match=r"optimizer.backward\(task_loss\) is the step on"
-)
+ungated = partial(pytest.warns, UserWarning, match=r"optimizer.backward\(task_loss\) adds a task")
 
 
 @pytest.mark.parametrize("shell", [Mixed, Copied, fabric_shell])

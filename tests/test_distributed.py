@@ -276,7 +276,7 @@ def test_several_processes_without_a_group_are_refused(processes):
 
 def test_unequal_batches_are_refused(processes):
     for rank in processes:
-        assert "must hold the same number of samples; their" in rank["unequal"]
+        assert "must hold the same number of samples; they" in rank["unequal"]
 
 
 def test_gradients_of_mixed_precision_are_averaged_each_in_its_own(processes):

@@ -146,7 +146,7 @@ def test_leaving_removes_the_hooks_and_keeps_the_features_and_hooks_of_others(ne
     ("uses", "message"),
     [
         (0, "did not run in the last forward pass.*name layers that its forward uses"),
-        (2, "ran 2 times in the last .*must run once.*call the model itself"),
+        (2, r"ran 2 times.*must run once.*Call `model\(\.\.\.\)`, not `model\.forward"),
     ],
 )
 def test_a_layer_that_did_not_run_or_ran_twice_is_named(net, uses, message, compiled):
@@ -394,7 +394,7 @@ def test_features_serve_their_own_step_and_a_kept_list_any(do, text):
 def test_features_of_an_earlier_step_are_refused_until_the_model_runs(do, role, before, refused):
     message = (
         rf"The {role}'s features \(layers \['1', '2'\]\) are those of an earlier step: .*did not "
-        "run since.*place the hooks on that copy.*read `features` once and pass that list each"
+        "run since.*place the hooks on that copy.*read `features` once and pass that list"
     )
     do(before)
     with pytest.raises(RuntimeError, match=message):
@@ -639,7 +639,7 @@ def test_models_that_hooks_can_not_follow_are_refused_with_the_reason(net, messa
         FeatureHooks(make(net), ["0"])
 
 
-NAMES = "`layers` must be a list of module names; got "
+NAMES = r"`layers` must be a list of module names, \['stage1'\] for one; got "
 UNKNOWN = "`layers` must name modules of the model; it has no "
 KIND = (
     "`select` must be an index, a key, a callable or None, or a list of these, one per layer; got "

@@ -20,10 +20,10 @@ def align_singular_vectors(
 ) -> Tensor:
     """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
 
-    Singular vectors come with a free sign, and a student orders them by its own singular values;
-    both are removed before the graphs are compared.
+    The sign of a singular vector is arbitrary, and the student's order follows its own singular
+    values. Both are matched to the teacher's here.
 
-    Equation: method step 2; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
+    Equation: Lee & Song 2019, "align"; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
     V_S = [a_k v_S,i_k].
 
     Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
@@ -45,7 +45,7 @@ def align_singular_vectors(
         - returns: ``b k c``
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
+        TypeError: ``student`` or ``teacher`` is no floating-point tensor.
         ValueError: student or teacher is not of rank 3, their batch or channels differ, there is no
             candidate, or ``null`` does not fit.
     """
@@ -65,7 +65,7 @@ def align_singular_vectors(
         raise ValueError("`student` must hold at least one candidate a sample; got none.")
     if null is not None and (null.dtype != torch.bool or null.shape != student.shape[:2]):
         raise ValueError(
-            f"`null` must be bool with axes (b, i) = {tuple(student.shape[:2])}, one entry a "
+            f"`null` must be bool with axes (b, i) = {tuple(student.shape[:2])}, one per "
             f"candidate; got {null.dtype} {tuple(null.shape)}."
         )
     ((choice, sign),) = closest([student], [teacher], [null])

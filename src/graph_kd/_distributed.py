@@ -55,8 +55,8 @@ def check_equal_batches(batch: int, device: torch.device, group: dist.ProcessGro
     batches = gather_rows(torch.tensor([batch], device=device), group).tolist()
     if len(set(batches)) > 1:
         raise ValueError(
-            "Every process must hold the same number of samples; their batches have "
-            f"{batches}. Use a sampler that drops or repeats the last ones."
+            "Every process must hold the same number of samples; they have "
+            f"{batches}. Use a sampler with `drop_last=True`."
         )
 
 
@@ -70,8 +70,9 @@ def check_equal_leaves(
     if len(set(signatures)) > 1:
         raise RuntimeError(
             "The losses of every process must reach the same tensors outside the optimizer, in "
-            f"number, shape and dtype; the processes have {counts} of them. Hand them to the "
-            "optimizer, or let every process use all of them in every step."
+            f"number, shape and dtype; the processes have {counts}, this one "
+            f"{[tuple(p.shape) for p in leaves]}. Add these tensors to the optimizer, or use all "
+            "of them in every process and step."
         )
 
 

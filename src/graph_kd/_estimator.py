@@ -1,7 +1,7 @@
 """Attention heads that predict a later layer's vectors from an earlier layer's (step 3).
 
-Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row (back-end sample),
-``j`` graph column (front-end sample).
+Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row (sample at the
+back), ``j`` graph column (sample at the front).
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ __all__ = ["MultiHeadGraphEstimator"]
 
 
 class MultiHeadGraphEstimator(AttentionHeads):
-    """Estimate the back-end vectors of a batch from its front-end vectors, through graphs.
+    """Predict each sample's back vector from the front vectors of the batch, through graphs.
 
-    Each head compares every back-end sample with every front-end sample. The row-wise softmax of
-    these logits is a batch × batch graph. The transfer loss compares the graphs of the student with
-    those of the teacher, on which the heads were trained.
+    Each head compares every sample at the back with every sample at the front. The row-wise softmax
+    of these logits is a batch × batch graph. The heads are trained on the teacher; the transfer
+    loss compares the student's graphs with the teacher's.
 
-    Equation: Lee & Song 2019, L_MHAN; S_a = θ_a(V_B) φ_a(V_F)ᵀ, G_a = softmax_j(S_a),
-    V̄_B = f2([G_a f1(V_F)]_a) with unit rows, loss = mean_n (1 - V_B,n · V̄_B,n).
+    Equation: Lee & Song 2019, L_MHAN; S_m = θ_m(V_B) φ_m(V_F)ᵀ, G_m = softmax_j(S_m),
+    V̄_B = f2([G_m f1(V_F)]_m) with unit rows, loss = mean_i (1 - V_B,i · V̄_B,i).
 
     Differs from the source: the loss is the authors' 1 - cosine, where the poster prints the cosine
     alone. Their random dropping of heads during training is kept; a single head is never dropped.
     Weights start from a normal distribution of variance 2 / fan_out, theirs from the truncated one.
 
-    Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in
-    half precision are used in float32. Training mode uses (and moves) the statistics of the batch;
-    evaluation mode uses the running ones.
+    Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in half
+    precision are used in float32. Training mode uses the batch's statistics and updates the running
+    ones; evaluation mode uses those.
 
     Args:
-        front_channels: Length of a front-end vector. Count.
-        back_channels: Length of a back-end vector. Count.
-        num_heads: Attention heads. Count.
-        head_channels: Width of a head; by default (front_channels + back_channels) // 2. Count.
+        front_channels: Length of a front vector, ≥ 1.
+        back_channels: Length of a back vector, ≥ 1.
+        num_heads: Attention heads, ≥ 1.
+        head_channels: Width of a head, ≥ 1; by default (front_channels + back_channels) // 2.
         drop_heads: In training, drop heads at random per row: a head stays where its standard
             normal draw lies above the mean of the draws of all heads for that row (about half).
 
@@ -50,8 +50,8 @@ class MultiHeadGraphEstimator(AttentionHeads):
 
     Raises:
         TypeError: vectors are no floating-point tensors of the parameters' dtype and device, or
-            ``drop_heads`` is no bool.
-        ValueError: a size is no count, vectors do not have their channels, or are fewer than two.
+            ``drop_heads`` is no bool, or a size is no int.
+        ValueError: a size is below 1, vectors do not have their channels, or are fewer than two.
 
     Example:
         >>> import torch

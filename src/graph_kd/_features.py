@@ -127,7 +127,7 @@ def in_order(
 def _as_list(name: str, features: Any, keys: Any) -> list[Any]:
     if isinstance(features, (Tensor, set, frozenset)) or not isinstance(features, Iterable):
         raise TypeError(
-            f"`{name}` must be a list with one tensor a sensing point; "
+            f"`{name}` must be a list with one tensor per sensing point; "
             f"got {type(features).__name__}."
         )
     if not isinstance(features, Mapping):
@@ -218,9 +218,9 @@ def _wrong_channels(point: str, p: int, features: Tensor, axis: int, layout: Lay
     if fitting and features.ndim >= 4:
         dims = [-1 if a == features.ndim - 1 else a for a in fitting]
         message += (
-            f" Axis {' and axis '.join(map(str, dims))} has {wanted}: if the channels are there, "
-            f"pass channel_dim={' or '.join(map(str, dims))} for both networks, or "
-            "channel_dim=(teacher, student) if their layouts differ."
+            f" {wanted} entries are on axis {' and axis '.join(map(str, dims))}: if those are "
+            f"channels, pass channel_dim={' or '.join(map(str, dims))} for both networks, or "
+            "a pair (teacher, student) if their layouts differ."
         )
     elif fitting:
         message += (

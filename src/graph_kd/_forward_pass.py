@@ -69,9 +69,9 @@ class ForwardPass:
         _, layers = self.source
         return RuntimeError(
             f"The {role}'s features (layers {list(layers)}) are those of an earlier step: the "
-            "hooked model did not run since. If a copy of it runs (a deepcopy, an AveragedModel, a "
-            "traced, quantised or half-precision copy), place the hooks on that copy. To use one "
-            "batch's features again on purpose, read `features` once and pass that list each time."
+            "hooked model did not run since. Call it on each batch. If a copy of it runs (a "
+            "deepcopy, an AveragedModel, a traced, quantised or half-precision copy), place the "
+            "hooks on that copy. To use one batch again, read `features` once and pass that list."
         )
 
 

@@ -25,7 +25,7 @@ __all__ = ["GatedGradClip"]
 
 
 class GatedGradClip(OptimizerShell):
-    """Wrap an optimizer so that the transfer gradient never drowns the task's.
+    """Wrap an optimizer: a gate limits the transfer gradient by the task's.
 
     `backward` takes both losses and leaves the merged gradient in every ``p.grad``; everything
     else (`step`, `zero_grad`, `state_dict`, `param_groups`, schedulers, hooks, `GradScaler`,
@@ -35,8 +35,8 @@ class GatedGradClip(OptimizerShell):
 
     1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
     2. Given a process group, both are averaged over it.
-    3. They are added to what `backward` was given since the last `zero_grad`. What stands in
-       ``p.grad`` and was not left there by this wrapper, untouched, counts as task gradient.
+    3. They are added to those of earlier `backward` calls since `zero_grad`. A ``p.grad`` that
+       anything else set or changed counts as task gradient.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
        transfer loss reaches (an attention head of the student's own, a connector) has no task
        gradient; the norm of all task gradients takes its place.
@@ -44,66 +44,68 @@ class GatedGradClip(OptimizerShell):
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
 
-    Differs from the source: ``"norm"`` is the authors' program with their factor
-    sigmoid(epoch since transfer began) left to `bound`. ``"sigmoid"`` is the poster's gate as
-    printed; it never falls below 0.731, so with a summed transfer loss it can swamp the task (a
+    Differs from the source: ``"norm"`` is the gate of the authors' program. For their factor
+    sigmoid(epochs since transfer began), schedule `bound`. ``"sigmoid"`` is the poster's gate as
+    printed; it never falls below 0.731, so with a summed transfer loss it can override the task (a
     small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
-    is not 0. Under `GradScaler` both losses must be scaled, which changes neither gate; a callable
-    sees the scaled norms. Scaling only one of them changes the gate.
+    is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
+    sees scaled norms. Scaling one loss changes every gate.
 
-    A leaf that the losses reach and the optimizer does not hold (a head of a second optimizer, a
-    learned prompt) gets what ``.backward()`` would give it, gated in the same way; `zero_grad` does
-    not clear it. Leaves are found in the autograd graph in every `backward`, at about a microsecond
-    a node; those that a custom function keeps to itself are not found.
+    A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
+    prompt) gets its gated gradient too. Clear it yourself: `zero_grad` does not. Leaves are found
+    in the autograd graph in every `backward`, at about a microsecond a node; those that a custom
+    function keeps to itself are not found.
 
     Frameworks that copy this object or mix its class with theirs (Lightning, Fabric, accelerate)
     share its state: settings, `gates`, `skipped` and the sums are the same in all. A copy made by
     `copy`, `deepcopy` or pickle has settings and a count of its own.
 
     A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
-    compiled. With inductor run under ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1`` besides: a cache
-    entry of an earlier run with donated buffers makes the second gradient wrong without an error.
+    compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
+    earlier run with donated buffers makes the second gradient wrong without an error.
 
     `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
-    gradients are held from it to `zero_grad`; clearing ``p.grad.data`` behind autograd's back is
-    not noticed. Gradient hooks of tensors and modules run once a loss,
-    ``register_post_accumulate_grad_hook`` not at all, as with any `torch.autograd.grad`. Step hooks
-    registered for all optimizers at once (`register_optimizer_step_pre_hook`) fire for the wrapper
-    and for the wrapped optimizer. Sparse gradients are refused.
+    gradients are held until `zero_grad`. Zeroing ``p.grad.data`` instead does not clear them.
+    Gradient hooks of tensors and modules run once per loss, ``register_post_accumulate_grad_hook``
+    not at all, as with any `torch.autograd.grad`. Step hooks registered for all optimizers at once
+    (`register_optimizer_step_pre_hook`) fire for the wrapper and for the wrapped optimizer. Sparse
+    gradients are refused.
 
     Args:
         optimizer: Any torch optimizer; its weight decay takes no part in the norms.
         gate: "norm" scales the transfer gradient down to a norm of at most `bound` times the
             task's. "sigmoid" is 1 / (1 + exp(-τ)), τ = max(1, ‖task‖ / ‖transfer‖). A callable
-            takes the two norms (scalar tensors, the transfer's may be zero) and returns the factor;
-            one that is not finite counts as a transfer gradient that is not.
+            takes the norms (task, transfer), scalar tensors that may be zero, and returns the
+            factor. A factor that is not finite drops that step's transfer gradient.
         scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
-        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate. May be
-            set at any time, for instance every epoch. Dimensionless, > 0.
-        process_group: A `torch.distributed` group over which both gradients are averaged before
-            any norm is taken: data parallelism without the DDP wrapper, or with it under
-            `no_sync()`. Among several processes it is required: the second gradient of a step
-            passes DDP by and would silently stay local. Its processes must reach the same leaves
-            outside the optimizer; one without a transfer loss counts with zero.
+        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate. A
+            number > 0; may be set at any time, also to 0. Start at 3, try 1 and 10.
+        process_group: A `torch.distributed` group over which both gradients are averaged before any
+            norm is taken: data parallelism without the DDP wrapper, or with it under `no_sync()`.
+            Required among several processes: DDP does not average the second gradient. All must
+            reach the same tensors outside the optimizer. A process without a transfer loss counts
+            as zero.
         capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
             `skipped` is a tensor on the device then, and always in `state_dict`. A captured
             `backward` keeps the gate, bound and losses that it was captured with. In a skipped step
             a parameter that only the transfer loss reaches gets a gradient of zero, not None.
 
     Attributes:
-        gates: The factors last applied, one for each parameter that the transfer loss reaches, in
-            the order of the param groups, then of leaves outside the optimizer, or a single one
-            for ``scope="global"``; none if there was no transfer loss. Reading them syncs.
-        skipped: Steps whose transfer gradient was not finite. Count; capturable: a scalar tensor.
+        gates: The factors last applied, one per parameter that the transfer loss reaches: first
+            those of the param groups, then other tensors. A single one for ``scope="global"``, none
+            without a transfer loss, zeros in a skipped step. Reading them syncs.
+        skipped: Number of steps whose transfer gradient was not finite; capturable: a scalar
+            tensor.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer, or holds sharded parameters (FSDP1, FSDP2)
-            or a loss reaches them, or a loss is no tensor.
-        ValueError: an unknown gate or scope, a loss that is no scalar, reaches no parameter or
-            gives a sparse gradient, or a callable gate that returns no single number.
+        TypeError: ``optimizer`` is no torch optimizer, ``bound`` is no number, a loss is no tensor,
+            or a sharded parameter (FSDP1, FSDP2) is held or reached by a loss.
+        ValueError: an unknown gate or scope, a bound that is not positive, an optimizer without a
+            parameter to train, a loss that is no scalar, reaches no parameter or gives a sparse
+            gradient, or a callable gate that returns no single number.
         RuntimeError: several processes are running and no process group was given, or the leaves
             that they reach outside the optimizer differ in number, shape or dtype; the losses came
             through reentrant activation checkpoints, or through a compiled student that donates its
@@ -156,8 +158,8 @@ class GatedGradClip(OptimizerShell):
 
         Called again before `zero_grad` it accumulates both gradients and gates the sums. A
         parameter that the transfer loss does not reach keeps its task gradient; one that neither
-        reaches keeps None. Without a transfer loss it is a step on the task alone (warm-up, a batch
-        of one sample), merged with what was accumulated.
+        reaches keeps None. Without a transfer loss only the task gradient is added (warm-up, a
+        batch of one sample).
         """
         shared, group = self._shared, self._shared.process_group
         _check_processes(group)
@@ -220,10 +222,10 @@ class GatedGradClip(OptimizerShell):
         return self._shared.optimizer.step(checked)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, the sums of accumulated ones included.
+        """Clear the gradients of the optimizer's parameters, and their accumulated sums.
 
-        Sums of a gradient that the wrapped optimizer does not clear stay (accelerate's does nothing
-        while it accumulates), and so do gradients of tensors outside the optimizer.
+        What the wrapped `zero_grad` leaves stays (accelerate's does nothing while it accumulates),
+        and so do gradients of tensors outside the optimizer.
         """
         shared = self._shared
         shared.optimizer.zero_grad(set_to_none)
@@ -249,7 +251,7 @@ class GatedGradClip(OptimizerShell):
         params = set(shared.params)
         outside = [leaf for leaf in leaves if leaf not in params]
         for leaf in outside:
-            check_plain_parameter("a tensor that it does not hold", leaf)
+            check_plain_parameter("one outside it", leaf)
         return held, outside
 
     def _warn_if_ungated(self) -> None:
@@ -264,8 +266,8 @@ class GatedGradClip(OptimizerShell):
         warnings.warn(
             "`step` was called on gradients that `backward` of this optimizer did not make, so "
             "nothing gates the transfer gradient. Call optimizer.backward(task_loss, "
-            "transfer_loss) in place of loss.backward(); optimizer.backward(task_loss) is the step "
-            "on the task alone.",
+            "transfer_loss) in place of loss.backward(); optimizer.backward(task_loss) adds a "
+            "task gradient only.",
             stacklevel=4,
         )
 

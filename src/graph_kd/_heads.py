@@ -20,12 +20,12 @@ __all__ = ["AttentionHeads", "apply_branch", "attention_logits", "full_precision
 
 
 class AttentionHeads(nn.Module):
-    """Compare every back-end sample with every front-end sample, head by head.
+    """Compare every sample at the back with every sample at the front, head by head.
 
-    `MultiHeadGraphEstimator` adds what trains the heads on a teacher, and says what both classes
-    share. A student's own heads are this class alone: the transfer loss trains them.
+    `MultiHeadGraphEstimator` adds the training on a teacher; its docstring has the arguments of
+    both. A student's own heads are this class alone: the transfer loss trains them.
 
-    Equation: Lee & Song 2019, S_a = θ_a(V_B) φ_a(V_F)ᵀ, G_a = softmax_j(S_a).
+    Equation: Lee & Song 2019, S_m = θ_m(V_B) φ_m(V_F)ᵀ, G_m = softmax_j(S_m).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class AttentionHeads(nn.Module):
                 )
             if rows.dtype not in (self.dtype, self._weight.dtype) or rows.device != self.device:
                 raise TypeError(
-                    f"`{name}` must be {self.dtype} on {self.device}, as the parameters are; "
+                    f"`{name}` must be {self.dtype} on {self.device}, as the heads compute; "
                     f"got {rows.dtype} on {rows.device}. Convert it with `.to()`."
                 )
         fewest = min(len(front), len(back)) if training else len(front)

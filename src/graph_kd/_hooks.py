@@ -31,11 +31,12 @@ class FeatureHooks:
     weights, say) leaves the hooks of the original alone, and so does a pickle.
 
     An in-place operation after a hooked layer, such as ``ReLU(inplace=True)``, changes what was
-    collected, so reading it raises: hook that layer instead. Compiled code and inference mode can
-    not tell; there a copy of the output is kept.
+    collected, so reading it raises: hook the ReLU instead. Compiled code and inference mode can not
+    tell; there a copy of the output is kept.
 
     Args:
-        model: The model; its own forward must be called, it marks the beginning of a pass.
+        model: The model. Call it as ``model(...)``, not ``model.forward(...)``: the call begins a
+            pass.
         layers: Dotted module names, as in ``model.named_modules()``, in the order wanted.
         select: What to take from a layer's output that is no tensor: an index, a key, the name of
             an attribute (of a dataclass or namedtuple), or a callable from output to tensor. One
@@ -44,13 +45,14 @@ class FeatureHooks:
             and the rest of the output is not kept.
 
     Raises:
-        TypeError: ``model`` is no module, a `DataParallel` or a ScriptModule, ``layers`` is a
+        TypeError: ``model`` is a `DataParallel`, a ScriptModule or no module, ``layers`` is a
             single string or names a layer of a ScriptModule, or ``select`` is of another kind. On
             access: a layer gave no tensor, or ``select`` took none from it.
         ValueError: ``layers`` is empty, repeats a name, or holds one the model does not have, or
             ``select`` is a list of another length.
         RuntimeError: on access, a layer did not run, or ran more than once, in the last forward,
-            its output was changed in place since, or the last forward was a trace.
+            its output was changed in place since, the last forward was a trace, or the hooks are a
+            copy.
 
     Example:
         >>> import torch
@@ -190,7 +192,7 @@ class _Hook:
         # torch.jit.script asks for it; others take an AttributeError for an answer.
         raise AttributeError(
             "torch.jit.script can not compile a model with hooks. Call `FeatureHooks.remove()` "
-            "first, and before the model is copied."
+            "first; for a copy, before copying."
         )
 
 
@@ -210,8 +212,8 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
     if len(kept) > 1:
         raise RuntimeError(
             f"Layer {name!r} ran {len(kept)} times in the last forward pass; a sensing "
-            "point must run once. Give each use a module of its own, and call the model "
-            "itself, which marks the beginning of a pass."
+            "point must run once. Call `model(...)`, not `model.forward(...)`, which begins no "
+            "pass. If the layer is used twice, give each use a module of its own."
         )
     [(output, version)] = kept
     if isinstance(output, Untaken):
@@ -251,7 +253,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]:
     if isinstance(layers, (str, set, frozenset)) or not isinstance(layers, Iterable):
         got = f"the string {layers!r}" if isinstance(layers, str) else type(layers).__name__
-        raise TypeError(f"`layers` must be a list of module names; got {got}.")
+        raise TypeError(f"`layers` must be a list of module names, ['stage1'] for one; got {got}.")
     names = tuple(layers)
     if not names:
         raise ValueError("`layers` must name at least one layer; got none.")

@@ -18,9 +18,8 @@ __all__ = ["SVDFeature"]
 class SVDFeature(nn.Module):
     """Compress each sample to the top-k right singular vectors of its position × channel matrix.
 
-    Rows are positions and columns are channels, so the vectors live in channel space: they do not
-    change when positions are permuted or rotated, or when the map is scaled by a positive number,
-    and networks of different spatial size can be compared.
+    A vector has one entry per channel. It does not change if positions are permuted or the map is
+    scaled by a positive number. Networks of different spatial size can be compared.
 
     Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
 
@@ -31,20 +30,20 @@ class SVDFeature(nn.Module):
     - Sign: the mean over positions has a non-negative inner product with every vector; where that
       product is zero, rounding decides.
     - Gradient: the derivative of the returned vectors, wherever their singular values are isolated.
-      It depends on the gaps between a returned value and the others alone, so dead channels or
+      It depends only on the gaps between a returned value and the others, so dead channels or
       repeated values among the rest do no harm. Two values that rounding the input could exchange
       count as repeated: the rotation between their vectors is undefined and gets zero gradient. A
       vector of singular value zero is an arbitrary unit vector orthogonal to the others; an
       all-zero map gives such vectors and zero gradient, and so does a map whose largest singular
       value is below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
     - Precision: float32 and half-precision maps are solved in float32, whatever autocast or TF32
-      allow, and come out as float32. Where a returned value stands 1 % off its neighbours,
-      1 - |cos| is below 1e-6 and the gradient within 1e-3 of the true one. Samples that float32 can
+      allow, and come out as float32. For values 1 % from their neighbours, 1 - |cos| to the true
+      vector is below 1e-6, and the gradient's relative error below 1e-3. Samples that float32 can
       not resolve are decomposed in float64, as float64 maps are. On a device without float64 the
       CPU does the work.
 
     Args:
-        k: Singular vectors kept, largest value first. Count, 1 ≤ k ≤ min(positions, channels).
+        k: Singular vectors kept, largest value first; 1 ≤ k ≤ min(positions, channels).
         channel_dim: Axis of the channels. By default 1 for maps of rank 4 and 5, the last one for
             tokens (rank 3) and vectors (rank 2, one position: the vector itself, normalised).
 

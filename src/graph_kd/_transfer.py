@@ -68,28 +68,31 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     as zeros if there is no other. ``squash="tanh"`` is the authors' program; ``student_channels``
     is ours.
 
-    Gradient: `forward` reaches the student's features and `student_heads`. The teacher's heads are
-    used in inference mode whatever `train` says: no gradient to them or the teacher, no running
+    Gradient: `forward` reaches the student's features and `student_heads`. It uses the teacher's
+    heads in inference mode, whatever `train` says: no gradient to them or the teacher, no running
     statistic moves. `student_heads` use the statistics of the batch in training mode and the
     running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone. Everything
     is computed in the heads' dtype, float32 at least, under autocast too.
 
     Args:
-        channels: The teacher's channels at each sensing point, front to back; at least two. Counts.
-        num_heads: Attention heads of each pair. Count.
+        channels: The teacher's channels at each sensing point, front to back; at least two, each ≥
+            1.
+        num_heads: Attention heads of each pair, ≥ 1.
         student_channels: The student's channels at each point; gives it attention heads of its own,
             as many and as wide as the teacher's. Equal channels are allowed. Its top k vectors
-            enter as they are: no alignment, and ``student_k`` is not used. Counts.
+            enter as they are: no alignment, and ``student_k`` is not used.
         channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, ConvNeXt). One
             value for both networks, or a pair (teacher, student). None means axis 1.
         k: Singular vectors of the teacher that describe a sample at a point. Above one they are
-            taken as one vector of k · c entries. Count, ≤ min(positions, channels) at every point.
-        student_k: Candidates from which each teacher vector picks its student vector. Count ≥ k;
+            taken as one vector of k · c entries. At least 1, at most min(positions, channels) at
+            every point.
+        student_k: Candidates from which each teacher vector picks its student vector. At least k;
             points with fewer positions or channels offer as many as they have.
         squash: What is done to the logits of teacher and student before the softmax. None: nothing
             (the poster). "tanh": the authors' program; it saturates on logits beyond ±2 and then
-            carries no gradient. "scaled": division by the square root of the head width (ours). A
-            callable maps logits ``m i j`` to logits; one of -∞ takes an edge out of both graphs.
+            carries no gradient. "scaled" (ours, recommended): division by the square root of the
+            head width. A callable maps logits ``m i j`` of either network to logits; -∞ removes an
+            entry from the graph, so mask both alike.
         reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
             divided by the number of samples.
         process_group: A `torch.distributed` group whose global batch the graphs span: each process
@@ -101,32 +104,32 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         block_rows: Rows of a graph that are held at a time; their logits are computed again in the
             backward pass, so that memory grows linearly in the batch. None takes whole graphs up to
             1024 × 1024 entries a head, and blocks of as many entries above. A callable ``squash``
-            sees the rows of a block. Count.
+            sees the rows of a block. At least 1.
         capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
-            for the device. A sample whose vectors want float64 (two filters do not suffice, or two
-            of its singular values are closer than 0.05 %) keeps those of float32, its gradient
-            bounded; the attribute `doubtful` counts such samples, on the device. Maps with NaN,
-            or whose Gram matrix overflows, are not refused, and float64 maps are. Small matrices
-            take some 1,400 kernels more. The first call makes constants: warm up before a capture.
+            for the device. A sample that needs float64 (no convergence, or two singular values
+            within 0.05 %) keeps its float32 vectors, its gradient bounded; the attribute `doubtful`
+            counts such samples, on the device. Float64 maps are refused. NaN, or a Gram matrix that
+            overflows, is not noticed. A step launches some 1,400 kernels more. The first call makes
+            constants: warm up before a capture.
 
     Shape:
-        - features: one tensor a sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
+        - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
           teacher and student may differ in rank and in space. Mappings are paired by key; the
-          first one that the loss is given sets the order of the keys
+          teacher's first one sets the order, that of ``channels``
         - returns: scalar
 
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
-    Features read from `FeatureHooks` must come from a new forward pass in each step. If the
-    teacher's do, a warning says once that its batch norms are in training mode.
+    Features read from `FeatureHooks` must come from a new forward pass in each step. With hooks,
+    one warning is given if the teacher's batch norms are in training mode.
 
     Raises:
         RuntimeError: features of an earlier step were read from hooks again.
-        TypeError: features are no sequence of floating-point tensors, or of a precision higher
-            than the heads'.
-        ValueError: their count, channels, batch, or device does not fit, or they hold NaN. The
-            message names the point.
+        TypeError: features are no list or mapping of floating-point tensors, or of a precision
+            higher than the heads'.
+        ValueError: their count, keys, channels, batch or device does not fit, or they are not
+            finite. The message names the point. A setting of the loss is wrong.
 
     Example:
         >>> import torch
@@ -185,10 +188,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self._warned_of_training = False
 
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
-        """Return L_MHAN summed over pairs; it trains the attention heads on the teacher.
+        """Return the loss of the teacher's attention heads, L_MHAN, summed over pairs.
 
-        Until it has converged: heads begin with logits of a large spread, and graphs of a few edges
-        a row, which say little of the data (`graphs` shows them).
+        Train until it is flat. Untrained heads have logits of a large spread, so a row of a graph
+        has few large weights, which say little of the data (`graphs` shows them).
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
         (teacher,) = self._read(keys, maps, self.teacher_layout)
@@ -234,15 +237,16 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         *,
         of: Literal["teacher", "student"] | None = None,
     ) -> list[Tensor]:
-        """Return the graphs that the transfer compares, one ``m i j`` a pair, to look at.
+        """Return the graphs that the transfer loss compares, one ``m i j`` per pair, to look at.
 
         Args:
-            features: Feature maps of the teacher or of the student, one a sensing point.
-            align_to: The teacher's features, where ``features`` are a student's: its vectors are
-                aligned as in `forward`, or enter its own heads. Without it the top k vectors enter
+            features: Feature maps of the teacher or of the student, one per sensing point.
+            align_to: The teacher's features, if ``features`` are the student's. With shared heads
+                its vectors are aligned to them, as in `forward`. Without it the top k vectors enter
                 as they are.
-            of: Whose heads are used, if the student has its own. By default the student's if
-                ``align_to`` is given or only the student has these channels, else the teacher's.
+            of: Whose heads are used, if the student has its own. By default the student's with
+                ``align_to`` or if only its channels fit; else the teacher's, also where the
+                channels are equal.
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
         given = {"features": features} | ({} if align_to is None else {"align_to": align_to})
@@ -288,9 +292,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         if names := training_norms(teacher_maps):
             self._warned_of_training = True
             warnings.warn(
-                f"The teacher is in training mode (see {names[0]!r}): its graphs depend on the "
-                "batch, and its running statistics move. Call `teacher.eval()`, after `train()` of "
-                "a module that holds it.",
+                f"The teacher is in training mode (see {names[0]!r}): its features depend "
+                "on the batch, and its running statistics move. Call `teacher.eval()`, again after "
+                "`train()` of a module that holds it.",
                 stacklevel=3,
             )
 

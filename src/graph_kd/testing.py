@@ -38,15 +38,15 @@ def assert_feature_hooks(
 ) -> None:
     """Assert that the layers can serve as sensing points of a distillation.
 
-    Each layer fires once in a forward pass and gives a floating-point tensor, which no in-place
-    operation changes afterwards; axis 0 is the batch, and the channels are on the axis where the
-    loss looks for them; student and teacher have the same number of channels, point by point; the
-    student's features carry gradient to its parameters and none to the teacher's; the teacher's
-    batch norms are not in training mode; no hook stays behind.
+    Checked: each layer runs once in a forward pass and gives a floating-point tensor, which no
+    in-place operation changes afterwards; axis 0 is the batch, and the channels are on the axis
+    where the loss looks for them; student and teacher have equal channels, or ``student_channels``,
+    point by point; the student's features carry gradient to its parameters and none to the
+    teacher's; the teacher's batch norms are not in training mode; no hook stays behind.
 
     The models run twice each, in the mode they are in; the second time on one sample more, to see
-    which axis is the batch. A model that refuses it is believed. Buffers (running statistics),
-    gradients and the random state are left as they were.
+    which axis is the batch. If a model raises on it, that check is left out. Buffers (running
+    statistics), gradients and the random state are left as they were.
 
     Args:
         student: The model to be trained.
@@ -54,7 +54,8 @@ def assert_feature_hooks(
         student_layers: Dotted module names in the student, front to back.
         teacher_layers: Dotted module names in the teacher, in the same order.
         sample: A batch as both models take it: a tensor ``b ...``, a mapping of keyword arguments
-            or a tuple or list of positional ones. The batch size is that of its first tensor.
+            or a tuple or list of positional ones. The first tensor with several entries gives the
+            batch size.
         student_select: As in `FeatureHooks`, for the student.
         teacher_select: As in `FeatureHooks`, for the teacher.
         channel_dim: As in `GraphTransferLoss`: the channel axis of maps of rank 4 and 5, one value
@@ -161,7 +162,9 @@ class _Side:
                 self.model(*inputs.listed, **inputs.named)
                 features = hooks.features
         if self.hook_count() != attached:
-            raise AssertionError(f"{self.where}: a hook stayed attached.")
+            raise AssertionError(
+                f"{self.where}: a hook stayed attached. The forward pass added it; remove it there."
+            )
         return features
 
     def read(self, inputs: _Inputs) -> list[_Point]:
@@ -261,7 +264,7 @@ class _Point:
 def _check_channels(ours: _Point, theirs: _Point, wanted: int | None) -> None:
     has = f"{ours.where} has {ours.channels} channels (shape {ours.shape})"
     if wanted is not None and ours.channels != wanted:
-        raise AssertionError(f"{has}, but student_channels says {wanted}.")
+        raise AssertionError(f"{has}; student_channels says {wanted}. Correct one of them.")
     if wanted is None and ours.channels != theirs.channels:
         hints = [
             f" If the {point.side.role.lower()}'s channels are on axis {axis}: {point.fix(axis)}"
