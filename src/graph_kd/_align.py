@@ -1,4 +1,4 @@
-"""Pair the student's singular vectors with the teacher's (method, step 2).
+"""Pair the student's singular vectors with the teacher's (Lee & Song 2019, "align").
 
 Axes: ``b`` sample, ``c`` channel, ``i`` student vector, ``k`` teacher vector.
 """

@@ -1,4 +1,4 @@
-"""Attention heads that predict a later layer's vectors from an earlier layer's (step 3).
+"""Attention heads that predict a later layer's vectors from an earlier layer's.
 
 Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row (sample at the
 back), ``j`` graph column (sample at the front).

@@ -1,4 +1,4 @@
-"""Merge the gradients of two losses, the transfer's gated by the task's (steps 4 and 5).
+"""Merge the gradients of two losses, the transfer's gated by the task's.
 
 Pure functions; `GatedGradClip` is the optimizer that applies them. Norms are Euclidean.
 """

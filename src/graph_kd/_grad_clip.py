@@ -1,4 +1,4 @@
-"""Two losses in one optimizer: the transfer gradient is gated and added to the task's (step 5)."""
+"""Two losses in one optimizer: the transfer gradient is gated and added to the task's."""
 
 from __future__ import annotations
 

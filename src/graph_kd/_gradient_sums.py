@@ -1,4 +1,4 @@
-"""The gradients of a step: what `backward` was given since the last `zero_grad` (step 3)."""
+"""The gradients of a step: what `backward` was given since the last `zero_grad`."""
 
 from __future__ import annotations
 

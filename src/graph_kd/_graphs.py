@@ -1,4 +1,4 @@
-"""Compare the graphs of a student with those of its teacher (Lee & Song 2019, step 4).
+"""Compare the graphs of a student with those of its teacher (Lee & Song 2019).
 
 Axes: ``m`` head, ``d`` head width, ``i`` graph row (back-end sample), ``j`` graph column (front-end
 sample). A graph is made from the embeddings θ, ``m i d``, and φ, ``m j d``.

@@ -1,4 +1,4 @@
-"""Attention heads: sample × sample graphs between two layers (Lee & Song 2019, step 3).
+"""Attention heads: sample × sample graphs between two layers (Lee & Song 2019).
 
 Axes: ``b`` sample, ``c`` channel, ``m`` head, ``d`` head width, ``i`` graph row (back-end sample),
 ``j`` graph column (front-end sample).

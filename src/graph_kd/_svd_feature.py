@@ -1,4 +1,4 @@
-"""Compress feature maps to their top right singular vectors (Lee & Song 2019, step 1).
+"""Compress feature maps to their top right singular vectors (Lee & Song 2019).
 
 Axes: ``b`` sample, ``c`` channel, ``h w`` space, ``t`` time, ``n`` position or token, ``k``
 singular vector.

@@ -1,4 +1,4 @@
-"""Train the student by the teacher's graphs (Lee & Song 2019, L_transfer; step 4).
+"""Train the student by the teacher's graphs (Lee & Song 2019, L_transfer).
 
 Axes: ``b`` sample, ``c`` channel, ``n`` position, ``k`` singular vector, ``m`` head, ``d`` head
 width, ``i`` graph row (back-end sample), ``j`` graph column (front-end sample).
