@@ -44,7 +44,7 @@ def merge_gradients(
     reached = {n: s.transfer for n, s in enumerate(sums) if s.transfer is not None}
     merged: dict[int, Tensor] = {}
     factors = torch.zeros(0)
-    skipped: bool | Tensor = False
+    skipped = skip  # without a transfer gradient too: a skipped step stays so
     if reached:
         factors, infinite = _factors(sums, reached, gate, scope=scope, bound=bound)
         skipped = infinite if skip is False else infinite | skip
