@@ -213,11 +213,12 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the table: means with standard deviations, and means over epochs."""
     shown = list(groups(records))
-    figure = Figure(figsize=(12.0, 1.5 + 0.28 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(15.0, 1.5 + 0.24 * len(shown)), layout="constrained")
     bars, curves = figure.subplots(1, 2)
     names = []
     for place, (method, settings, group) in enumerate(shown):
-        given = [f"{name} {value}" for name, value in settings.items() if value != MISSING]
+        told = {n.replace("_", " "): v for n, v in settings.items() if v != MISSING}
+        given = [v if n == "network" else f"{n} {v}" for n, v in told.items()]
         names.append(", ".join([TITLES[method], *given]))
         colour = "0.6" if method in ("teacher", "student") else colormaps["tab20"](place % 20)
         mean, sd = group["accuracy"].mean(), group["accuracy"].std()
@@ -225,7 +226,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         means = pd.DataFrame(group["curve"].to_list()).mean()
         style = "--" if method in ("teacher", "student") else "-"
         curves.plot(range(1, len(means) + 1), means, style, color=colour, label=names[-1])
-    bars.set_yticks(range(len(names)), names, fontsize="small")
+    bars.set_yticks(range(len(names)), names, fontsize="x-small")
     bars.invert_yaxis()
     bars.set(xlabel="accuracy after the last epoch, %")
     curves.set(xlabel="epoch", ylabel="accuracy, %")
