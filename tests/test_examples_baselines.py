@@ -7,12 +7,10 @@ from einops import rearrange
 from golden_case import load
 from hypothesis import given
 from strategies import seeds
-from torch import nn
 
 from graph_kd import SVDFeature
 
 CHANNELS = (6, 8, 16)
-SIZES = (8, 4, 4)
 POINTS = 4  # of the golden case
 PROGRAM = 1e-4
 
@@ -20,13 +18,11 @@ every = pytest.mark.parametrize("name", RECIPES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-def outputs(
-    seed=0, channels=CHANNELS, sizes=SIZES, batch=6, dtype=torch.float64, activation=torch.relu
-):
+def outputs(seed=0, channels=CHANNELS, sizes=(8, 4, 4), batch=6, activation=torch.relu):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     maps = [activation(draw(batch, c, n, n)) for c, n in zip(channels, sizes, strict=True)]
     return Outputs(maps, embedding=draw(batch, 2 * channels[-1]), logits=draw(batch, 5))
@@ -45,12 +41,10 @@ def tensors(name, shown):
 
 def like(name, shown, taken):
     """Return the outputs with these tensors in place of what the method takes."""
-    kept = {"maps": shown.maps, "embedding": shown.embedding, "logits": shown.logits}
     if RECIPES[name].takes == "last_map":
-        return Outputs(**kept | {"maps": [*shown.maps[:-1], taken[0]]})
-    if RECIPES[name].takes == "maps":
-        return Outputs(**kept | {"maps": list(taken)})
-    return Outputs(**kept | {RECIPES[name].takes: taken[0]})
+        return shown._replace(maps=[*shown.maps[:-1], *taken])
+    several = RECIPES[name].takes == "maps"
+    return shown._replace(**{RECIPES[name].takes: list(taken) if several else taken[0]})
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"ab", "ft"}))
@@ -76,8 +70,7 @@ def test_gradient_reaches_the_student_and_the_teacher_only_where_both_learn(name
     assert all(tensor.grad.abs().max() > 0 for tensor in tensors(name, student))
     reached = [tensor.grad is not None for tensor in tensors(name, teacher)]
     assert reached == [RECIPES[name].schedule == "mutual"] * len(reached)
-    learning = [p.grad is not None for n, p in module.named_parameters() if "paraphraser" not in n]
-    assert all(learning)
+    assert all(p.grad is not None for n, p in module.named_parameters() if "paraphraser" not in n)
 
 
 @every
@@ -96,12 +89,12 @@ def test_gradient_is_that_of_finite_differences(name):
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_precision_features_leave_the_loss_in_float32(name, dtype):
-    student, teacher = outputs(0, dtype=dtype), outputs(1, dtype=dtype)
-    whole = [like(name, o, [t.float() for t in tensors(name, o)]) for o in (student, teacher)]
+    half = [like(name, o, [t.to(dtype) for t in tensors(name, o)]) for o in map(outputs, (0, 1))]
+    whole = [like(name, o, [t.float() for t in tensors(name, o)]) for o in half]
     module = build(name).float()
     wanted = RECIPES[name].loss(module, *whole)
     with torch.autocast("cpu", dtype=dtype):
-        for shown in ((student, teacher), whole):
+        for shown in (half, whole):
             value = RECIPES[name].loss(module, *shown)
             assert value.dtype == torch.float32
             assert torch.equal(value, wanted)
@@ -132,12 +125,54 @@ def test_a_student_that_does_not_fit_is_named(name, changes, message):
         RECIPES[name].loss(build(name), outputs(0, **changes), outputs(1))
 
 
-def relative_error(got, wanted):
-    return ((got - wanted).norm() / wanted.norm()).item()
+def as_ours(case, key):
+    """Return an array of the program in our layout; of FT on the mirror image.
+
+    The program's strided convolutions pad at the other end. Its transposed convolutions have
+    weights (h, w, out, in), ours (in, out, h, w).
+    """
+    array = case[key]
+    if array.ndim < 4:
+        return array
+    kernel = ".w." in key or "grad_Para" in key
+    array = rearrange(array, "h w i o -> o i h w" if kernel else "b h w c -> b c h w")
+    return array.flip(2, 3) if key.startswith("ft.") else array
+
+
+def assert_golden(case, loss, value, inputs, factor=1.0):
+    """Compare a loss, and its gradients by the program's names of them."""
+    assert value.item() == pytest.approx(case[loss].item(), rel=PROGRAM)
+    gradients = torch.autograd.grad(value, list(inputs.values()))
+    for name, gradient in zip(inputs, gradients, strict=True):
+        wanted = as_ours(case, name)
+        assert (factor * gradient - wanted).norm() < PROGRAM * wanted.norm(), name
 
 
 def golden_maps(case, who):
-    return [rearrange(case[f"in.{who}{p}"], "b h w c -> b c h w") for p in range(POINTS)]
+    return [as_ours(case, f"in.{who}{p}").requires_grad_(who == "student") for p in range(POINTS)]
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["soft-logits", "dml", "rkd", "fitnet", "at", "fsp", "ab"])
+def test_loss_and_gradient_are_those_of_the_program(name, dtype):
+    case = load("baselines_case", dtype)
+    student, teacher = golden_maps(case, "student"), golden_maps(case, "teacher")
+    channels = [maps.shape[1] for maps in student]
+    module = build(name, channels, channels).to(dtype)
+    for p, connector in enumerate(getattr(module, "connectors", ())):
+        theirs = "ab.w.criterion_alternative_L2.Map.connector"
+        names = [f"{p}.weights", f"_bn{p}.gamma", f"_bn{p}.beta"]
+        weights = (as_ours(case, theirs + name) for name in names)
+        connector.load_state_dict(dict(zip(connector.state_dict(), weights, strict=True)))
+    if RECIPES[name].takes == "maps":
+        value = RECIPES[name].weight * module(student, teacher)
+    else:
+        source = {"logits": "logits", "embedding": "feat"}[RECIPES[name].takes]
+        student = [case[f"in.{source}_S"].requires_grad_()]
+        value = module(student[0], case[f"in.{source}_T"])
+    program = name.replace("-", "_")
+    inputs = {f"{program}.grad_student{p}": tensor for p, tensor in enumerate(student)}
+    assert_golden(case, f"{program}.loss", value, inputs)
 
 
 def signed_as(case, method, maps):
@@ -150,135 +185,49 @@ def signed_as(case, method, maps):
     return signed
 
 
-def vectors_as_maps(case, name):
-    """Return singular vectors as maps of one position, of which they are the singular vectors."""
-    return [rearrange(case[f"{name}{p}"], "b c 1 -> b c 1 1") for p in range(POINTS)]
-
-
-def assert_golden(case, method, value, student, *, factor=1.0, gradients="grad_student"):
-    assert value.item() == pytest.approx(case[f"{method}.loss"].item(), rel=PROGRAM)
-    for p, gradient in enumerate(torch.autograd.grad(value, student)):
-        wanted = case.get(f"{method}.{gradients}{p}")
-        if wanted is not None:
-            if wanted.ndim == 4:
-                wanted = rearrange(wanted, "b h w c -> b c h w")
-            assert relative_error(factor * gradient, wanted) < PROGRAM, p
-
-
-def golden_loss(case, name, dtype):
-    """Return the loss of a method with the program's weights, and the student's inputs."""
-    source = {"soft-logits": "logits", "dml": "logits", "rkd": "feat"}.get(name)
-    if source:
-        student = [case[f"in.{source}_S"].requires_grad_()]
-        return build(name)(student[0], case[f"in.{source}_T"]), student
-    student = [maps.requires_grad_() for maps in golden_maps(case, "student")]
-    channels = [maps.shape[1] for maps in student]
-    module = build(name, channels, channels).to(dtype)
-    if name == "ab":
-        for p, (convolution, norm) in enumerate(module.connectors):
-            theirs = "ab.w.criterion_alternative_L2.Map.connector"
-            weights = rearrange(case[f"{theirs}{p}.weights"], "h w i o -> o i h w")
-            convolution.load_state_dict({"weight": weights})
-            gamma, beta = (case[f"{theirs}_bn{p}.{part}"] for part in ("gamma", "beta"))
-            norm.load_state_dict({"weight": gamma, "bias": beta})
-    return RECIPES[name].weight * module(student, golden_maps(case, "teacher")), student
-
-
 @dtypes
-@pytest.mark.parametrize("name", ["soft-logits", "dml", "rkd", "fitnet", "at", "fsp", "ab"])
-def test_loss_and_gradient_are_those_of_the_program(name, dtype):
+@pytest.mark.parametrize(
+    ("method", "gradients", "points", "factor"),
+    [
+        # The program's gradient is twice the true one where positions outnumber channels; at the
+        # last point they do not, and it is another.
+        ("kd_svd", "grad_student", 3, 2),
+        ("kd_eid", "exact_grad_student", 4, 1),  # with other signs of the teacher's vectors
+    ],
+)
+def test_kd_svd_and_kd_svdf_are_those_of_the_program(method, gradients, points, factor, dtype):
     case = load("baselines_case", dtype)
-    value, student = golden_loss(case, name, dtype)
-    assert_golden(case, name.replace("-", "_"), value, student)
-
-
-@dtypes
-def test_kd_svd_gives_the_programs_loss_and_the_exact_gradient(dtype):
-    case = load("baselines_case", dtype)
-    for method in ("kd_svd", "kd_eid"):  # the same loss with other signs of the teacher's vectors
-        student = [maps.requires_grad_() for maps in golden_maps(case, "student")]
-        value = kd_svd(student, signed_as(case, method, golden_maps(case, "teacher")))
-        if method == "kd_eid":
-            assert_golden(case, method, value, student, gradients="exact_grad_student")
-        else:
-            # The program's gradient is twice the true one where positions outnumber channels; at
-            # the last point they do not, and it is another.
-            del case["kd_svd.grad_student3"]
-            assert_golden(case, method, value, student, factor=2)
-
-
-@dtypes
-@pytest.mark.parametrize("method", ["kd_svd", "kd_eid"])
-def test_kd_svd_gives_the_programs_gradient_at_the_aligned_vectors(method, dtype):
-    case = load("baselines_case", dtype)
-    student = [maps.requires_grad_() for maps in vectors_as_maps(case, f"{method}.V_S")]
-    value = kd_svd(student, vectors_as_maps(case, f"{method}.V_T"))
-    assert value.item() == pytest.approx(case[f"{method}.loss"].item(), rel=PROGRAM)
-    gradients = torch.autograd.grad(value, student)
-    wanted = vectors_as_maps(case, f"{method}.grad_V_S")
-    for vector, gradient, of_program in zip(student, gradients, wanted, strict=True):
-        unit = vector.detach()  # what lengthens a vector is not seen by its direction
-        tangent = of_program - (of_program * unit).sum(dim=1, keepdim=True) * unit
-        assert relative_error(gradient, tangent) < PROGRAM
-
-
-@dtypes
-def test_kd_svdf_is_the_squared_distance_of_the_programs_vectors(dtype):
-    case = load("baselines_case", dtype)
-    teacher = signed_as(case, "kd_svd", golden_maps(case, "teacher"))
-    vectors = [vectors_as_maps(case, f"kd_svd.V_{who}") for who in "ST"]
-    distance = sum((s - t).square().sum() for s, t in zip(*vectors, strict=True))
-    value = kd_svdf(golden_maps(case, "student"), teacher)
-    assert value.item() == pytest.approx(distance.item(), rel=PROGRAM)
-
-
-def mirrored(case, key):
-    """Return a map or a kernel as ours, on the mirror image: the program pads at the other end."""
-    array = case[key]
-    if array.ndim == 1:
-        return array
-    if ".w." in key or "grad_Para" in key:
-        # A transposed convolution's weights are (h, w, out, in), ours (in, out, h, w).
-        return rearrange(array, "h w i o -> o i h w").flip(2, 3)
-    return rearrange(array, "b h w c -> b c h w").flip(2, 3)
-
-
-def factor_layers(loss):
-    """Map the program's names of layers to ours."""
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    found = {}
-    for theirs, ours in (
-        ("Factor_Transfer.Factor_transfer.conv", loss.paraphraser["encoder"]),
-        ("Factor_Transfer.Factor_transfer.convt", loss.paraphraser["decoder"]),
-        ("Factor_Transfer.Translator.conv", loss.translator),
-    ):
-        convolutions = [layer for layer in ours if isinstance(layer, kinds)]
-        found |= {f"{theirs}{i}": layer for i, layer in enumerate(convolutions)}
-    return found
+    student = golden_maps(case, "student")
+    teacher = signed_as(case, method, golden_maps(case, "teacher"))
+    value = kd_svd(student, teacher)
+    inputs = {f"{method}.{gradients}{p}": student[p] for p in range(points)}
+    assert_golden(case, f"{method}.loss", value, inputs, factor)
+    # A map of one position is its own singular vector.
+    vectors = [[case[f"{method}.V_{who}{p}"][..., None] for p in range(POINTS)] for who in "ST"]
+    assert kd_svd(*vectors).item() == pytest.approx(value.item(), rel=PROGRAM)
+    distance = sum((s - t).square().sum().item() for s, t in zip(*vectors, strict=True))
+    assert kd_svdf(student, teacher).item() == pytest.approx(distance, rel=PROGRAM)
 
 
 @dtypes
 def test_ft_gives_the_programs_losses_and_gradients(dtype):
     case = load("baselines_case", dtype)
     loss = FactorTransfer([16], [16]).to(dtype)
-    layers = factor_layers(loss)
-    for theirs, layer in layers.items():
-        weight, bias = (mirrored(case, f"ft.w.{theirs}.{part}") for part in ("weights", "biases"))
-        layer.load_state_dict({"weight": weight, "bias": bias})
-    student = mirrored(case, "ft.in.student").requires_grad_()
-    teacher = mirrored(case, "ft.in.teacher")
-    value = loss(student, teacher)
-    assert value.item() == pytest.approx(case["ft.loss"].item(), rel=PROGRAM)
-    (gradient,) = torch.autograd.grad(value, student)
-    assert relative_error(gradient, mirrored(case, "ft.grad_student0")) < PROGRAM
-
-    value = loss.paraphraser_loss(teacher)
-    assert value.item() == pytest.approx(case["ft.Para_loss"].item(), rel=PROGRAM)
-    value.backward()
-    for theirs, layer in layers.items():
-        for part, parameter in (("weights", layer.weight), ("biases", layer.bias)):
-            if "Translator" in theirs:
-                assert parameter.grad is None
-            else:
-                wanted = mirrored(case, f"ft.grad_Para_loss.{theirs}.{part}")
-                assert relative_error(parameter.grad, wanted) < PROGRAM, theirs
+    parameters = {
+        f"Factor_Transfer.{theirs}{i}.{name}": parameter
+        for theirs, part in [
+            ("Factor_transfer.conv", loss.paraphraser["encoder"]),
+            ("Factor_transfer.convt", loss.paraphraser["decoder"]),
+            ("Translator.conv", loss.translator),
+        ]
+        for i, layer in enumerate(layer for layer in part if hasattr(layer, "weight"))
+        for name, parameter in (("weights", layer.weight), ("biases", layer.bias))
+    }
+    for name, parameter in parameters.items():
+        parameter.data = as_ours(case, f"ft.w.{name}")
+    student, teacher = (as_ours(case, f"ft.in.{who}") for who in ("student", "teacher"))
+    value = loss(student.requires_grad_(), teacher)
+    assert_golden(case, "ft.loss", value, {"ft.grad_student0": student})
+    names = [name for name in parameters if "Translator" not in name]
+    of_paraphraser = {f"ft.grad_Para_loss.{name}": parameters[name] for name in names}
+    assert_golden(case, "ft.Para_loss", loss.paraphraser_loss(teacher), of_paraphraser)
