@@ -202,7 +202,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained ones are loaded
+            heads = train_heads(teacher, student_data, settings)  # loaded if trained
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
