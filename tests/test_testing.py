@@ -353,7 +353,7 @@ REFUSED = [
     (r"pair up; got 0 \(\[\]\) and 1 \(\['0'\]\)", pair(stages(), None, "", "0")),
     ("^Student.*`layers` must name at least one layer", pair(stages(), None, "")),
     (
-        "student_layers must be a list with one entry a layer; got '0'",
+        "student_layers must be a list, one entry per layer; got '0'",
         pair(stages()) | {"student_layers": "0", "teacher_layers": "0"},
     ),
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
@@ -372,7 +372,7 @@ REFUSED = [
     (AXIS_3.format("teacher"), pair(nn.Conv2d(9, 7, 1), Apply(widened), [""], sample=(4, 9, 9, 3))),
     ("'0' has 8 channels .*student_channels says 5", pair(stages(), student_channels=[5])),
     ("one count per layer; got 2 for 1 layers", pair(stages(), student_channels=[8, 8])),
-    ("student_channels must be a list .*; got 8", pair(stages(), student_channels=8)),
+    ("student_channels must be a list, .*; got 8", pair(stages(), student_channels=8)),
     ("^Student layer '0': `channel_dim` must name an axis", with_axis(4)),
     *[
         ("^Arguments: `channel_dim` must", with_axis(channel_dim))

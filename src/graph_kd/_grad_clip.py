@@ -55,8 +55,8 @@ class GatedGradClip(OptimizerShell):
     sees scaled norms. Scaling one loss changes every gate.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
-    prompt) gets its gated gradient too. Clear it yourself: `zero_grad` does not. Leaves are found
-    in the autograd graph in every `backward`, at about a microsecond a node; those that a custom
+    prompt) gets a merged gradient too. Clear it yourself: `zero_grad` does not. Leaves are found in
+    the autograd graph in every `backward`, at about a microsecond a node; those that a custom
     function keeps to itself are not found.
 
     Frameworks that copy this object or mix its class with theirs (Lightning, Fabric, accelerate)

@@ -75,8 +75,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     is computed in the heads' dtype, float32 at least, under autocast too.
 
     Args:
-        channels: The teacher's channels at each sensing point, front to back; at least two, each ≥
-            1.
+        channels: The teacher's channels at each sensing point, front to back; at least two.
         num_heads: Attention heads of each pair, ≥ 1.
         student_channels: The student's channels at each point; gives it attention heads of its own,
             as many and as wide as the teacher's. Equal channels are allowed. Its top k vectors

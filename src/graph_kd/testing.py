@@ -71,7 +71,7 @@ def assert_feature_hooks(
     lists |= {} if student_channels is None else {"student_channels": student_channels}
     for name, given in lists.items():
         if isinstance(given, str) or not isinstance(given, Sequence):
-            raise AssertionError(f"{name} must be a list with one entry a layer; got {given!r}.")
+            raise AssertionError(f"{name} must be a list, one entry per layer; got {given!r}.")
     if len(student_layers) != len(teacher_layers):
         raise AssertionError(
             f"student_layers and teacher_layers must pair up; got {len(student_layers)} "
