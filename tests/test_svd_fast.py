@@ -342,15 +342,22 @@ def decomposed(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("ratio", [1.03, 1.05, 1.1])
-def test_the_cpu_filters_once_more_after_a_look_at_the_values(decomposed, ratio):
+@pytest.mark.parametrize(("ratio", "filters"), [(1.05, 1), (1.1, 1), (1.5, 1), (2.0, 2)])
+def test_the_cpu_needs_one_filter_or_one_more_after_a_look_at_the_values(
+    decomposed, ratio, filters
+):
     assert not top_of(with_values(falling(ratio, 64), 72, 64, count=8), 4).doubtful.any()
-    assert len(decomposed) == 2
+    assert len(decomposed) == filters
+
+
+@pytest.mark.parametrize("ratio", [3.6, 4.0])
+def test_float32_finds_four_values_that_fall_fast(ratio):
+    assert not top_of(with_values(falling(ratio, 64), 72, 64, count=8), 4).doubtful.any()
 
 
 @pytest.mark.parametrize(("slow", "filtered"), [(2, 2), (6, 8)])
 def test_the_cpu_filters_what_needs_it_or_all_if_that_is_most(decomposed, slow, filtered):
-    rows = with_values(falling(1.01, 64), 72, 64, count=8)
+    rows = with_values(falling(1.005, 64), 72, 64, count=8)
     rows[slow:] = with_values([1.06, 1.04, 1.02, 1.0, *[0.3] * 60], 72, 64, count=8 - slow)
     top_of(rows, 4)
     assert decomposed[1] == filtered

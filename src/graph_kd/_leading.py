@@ -38,7 +38,7 @@ ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its 
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative needs float64
 SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram diagonal: its rounding errors squared fit float32
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
-LOG_SPREAD = 12.0  # of the growth in the first filter: below 16, rows stay independent
+LOG_SPREAD = 15.0  # of the growth in the first filter: below 16, rows stay independent
 # Ratio of eigenvalues above which the larger vector is projected out. Without that, 3 % of the maps
 # of a trained VGG take the exact path in the fixed form, and all with one value ten times the next.
 DOMINATES = 4.0
@@ -84,10 +84,12 @@ def fast_vectors(
             k, matrix = counts[i], matrices[i]
             null = values[:, :k] <= ROUNDING * values[:, :1]
             right = vectors[:, :k, : sides[i].shape[1]]
+            length = torch.ones_like(null, dtype=right.dtype)
             if matrix.shape[1] < matrix.shape[2]:
-                right = torch.nn.functional.normalize(right @ matrix, dim=-1)  # Mᵀu = σv
+                right = right @ matrix  # Mᵀu = σv
+                length = torch.linalg.vector_norm(right, dim=-1).clamp_min(TINY)
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
-            right = right * torch.copysign(torch.ones_like(along), along)
+            right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
             own = (values[:, :k].clone(), grams[i], doubtful.clone())  # operators return no views
             results[i] = (right, null, *own)
     return results
@@ -143,7 +145,8 @@ def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor) -> Tensor:
     x = rearrange(x, "b k s -> (b k) s 1")
     system = torch.baddbmm(system, x, x.mT, beta=-1)
     system.diagonal(dim1=-2, dim2=-1).add_(rearrange(value, "b k 1 -> (b k) 1"))
-    solution: Tensor = torch.linalg.solve_ex(system, rearrange(right, "b k s -> (b k) s 1"))[0]
+    # Symmetric: LAPACK's order of its entries spares a copy.
+    solution: Tensor = torch.linalg.solve_ex(system.mT, rearrange(right, "b k s -> (b k) s 1"))[0]
     return solution.view_as(right)
 
 
@@ -217,7 +220,11 @@ def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
     """
     images = block @ gram
     lengths = torch.linalg.vector_norm(images, dim=-1)
-    top, edge = lengths.amax(dim=1, keepdim=True), lengths.amin(dim=1, keepdim=True)
+    lengths = lengths.sort(dim=1, descending=True).values
+    # The last lengths are far below their values yet, but where values fall fast even half of a
+    # value is well above the next one.
+    top, edge = lengths[:, :1], lengths[:, -1 - EXTRA // 2, None]
+    edge = torch.where(top > STEEP * edge, lengths[:, -1:], edge)
     degree = int((LOG_SPREAD / _growth(top, edge)).median().clamp(2, MOST))
     block = _filter(gram, _Ritz(top.expand_as(lengths), block, images), edge, degree)
     ritz = yield from _ritz(gram, _orthonormal(block))

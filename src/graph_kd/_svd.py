@@ -47,9 +47,6 @@ class TopVectors(NamedTuple):
 
     def vectors(self, index: Tensor | None = None) -> Tensor:
         """Return the vectors, or those of an index ``b j``, with their gradient, ``b j c``."""
-        if index is None:
-            every = torch.arange(self.all.shape[1], device=self.all.device)
-            index = repeat(every, "k -> b k", b=len(self.all))
         saved = (self.values, self.basis, self.doubtful, self.capturable)
         vectors: Tensor = _WithGradient.apply(self.rows, index, self.all, *saved)  # type: ignore[no-untyped-call] # torch's own method has no types
         return vectors
@@ -129,14 +126,18 @@ class _WithGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        index: Tensor,
+        index: Tensor | None,
         vectors: Tensor,
         values: Tensor,
         basis: Tensor,
         doubtful: Tensor,
         capturable: bool,
     ) -> Tensor:
-        chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
+        if index is None:
+            every = torch.arange(vectors.shape[1], device=vectors.device)
+            index, chosen = repeat(every, "k -> b k", b=len(vectors)), vectors
+        else:
+            chosen = vectors.gather(1, repeat(index, "b j -> b j c", c=vectors.shape[2]))
         ctx.save_for_backward(rows, index, chosen, values, basis, doubtful)
         ctx.capturable = capturable
         return chosen

@@ -56,7 +56,8 @@ def assert_feature_hooks(
         sample: A batch as both models take it: a tensor ``b ...``, a mapping of keyword arguments
             or a tuple or list of positional ones. The first tensor with several entries gives the
             batch size.
-        student_select: As in `FeatureHooks`, for the student.
+        student_select: As in `FeatureHooks`, for the student. The channel axis of what a function
+            selects is not checked.
         teacher_select: As in `FeatureHooks`, for the teacher.
         channel_dim: As in `GraphTransferLoss`: the channel axis of maps of rank 4 and 5, one value
             for both models or a pair (teacher, student).
@@ -237,7 +238,9 @@ class _Point:
             raise AssertionError(
                 f"{self.where} gave shape {self.shape}: axis {self.axis}, where the loss looks for "
                 f"the channels, has {self.channels} entries, but {type(found.module).__name__} "
-                f"gives {found.count} channels, on axis {there}. {self.fix(there)}"
+                f"gives {found.count} channels, on axis {there}. {self.fix(there)} If "
+                f"axis {self.axis} does hold the channels, skip this check: pass "
+                f"`{self.side.role.lower()}_select=lambda output: output`."
             )
 
     def fix(self, axis: int) -> str:
