@@ -211,26 +211,42 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the table: means with standard deviations, and means over epochs."""
-    shown = list(groups(records))
-    figure = Figure(figsize=(15.0, 1.5 + 0.24 * len(shown)), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    names = []
-    for place, (method, settings, group) in enumerate(shown):
-        told = {n.replace("_", " "): v for n, v in settings.items() if v != MISSING}
-        given = [v if n == "network" else f"{n} {v}" for n, v in told.items()]
-        names.append(", ".join([TITLES[method], *given]))
-        colour = "0.6" if method in ("teacher", "student") else colormaps["tab20"](place % 20)
-        mean, sd = group["accuracy"].mean(), group["accuracy"].std()
-        bars.barh(place, mean, xerr=None if pd.isna(sd) else sd, color=colour)
-        means = pd.DataFrame(group["curve"].to_list()).mean()
-        style = "--" if method in ("teacher", "student") else "-"
-        curves.plot(range(1, len(means) + 1), means, style, color=colour, label=names[-1])
-    bars.set_yticks(range(len(names)), names, fontsize="x-small")
-    bars.invert_yaxis()
-    bars.set(xlabel="accuracy after the last epoch, %")
-    curves.set(xlabel="epoch", ylabel="accuracy, %")
-    curves.grid(alpha=0.3)
-    for axes in (bars, curves):
-        axes.spines[["top", "right"]].set_visible(False)
+    """Draw the table: a row of panels for all students that learn from the same batches.
+
+    Means with standard deviations after the last epoch, and means over epochs.
+    """
+    students = [r for r in records if r["settings"]["method"] != "teacher" and "accuracy" in r]
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    found = {name: {value_of(r["settings"], name) for r in students} for name in PAIRED}
+    told = [name for name in PAIRED if name not in ("seed", "images") and len(found[name]) > 1]
+    for record in sorted(students, key=lambda record: place_of(record["settings"])):
+        values = {name.replace("_", " "): value_of(record["settings"], name) for name in told}
+        title = ", ".join(f"{name} {value}" for name, value in values.items())
+        rows.setdefault(title, []).append(record)
+    shown = {title: list(groups(of_row)) for title, of_row in rows.items()}
+    heights = [2 + len(lines) for lines in shown.values()]
+    figure = Figure(figsize=(12.0, 0.27 * sum(heights) + 0.5), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False, height_ratios=heights)
+    for (title, lines), (bars, curves) in zip(shown.items(), panels, strict=True):
+        names = []
+        for place, (method, settings, group) in enumerate(lines):
+            given = [f"{n.replace('_', ' ')} {v}" for n, v in settings.items() if v != MISSING]
+            names.append(", ".join([TITLES[method], *given]))
+            colour = "0.6" if method == "student" else colormaps["tab20"](place % 20)
+            mean, sd = group["accuracy"].mean(), group["accuracy"].std()
+            bars.barh(place, mean, xerr=None if pd.isna(sd) else sd, color=colour)
+            means = pd.DataFrame(group["curve"].to_list()).mean()
+            style = "--" if method == "student" else "-" if place < 20 else ":"
+            curves.plot(range(1, len(means) + 1), means, style, color=colour)
+        bars.set_yticks(range(len(names)), names, fontsize="small")
+        bars.set_ylim(len(lines) - 0.5, -0.5)
+        bars.set_xlim(0, 1.05 * max(record["accuracy"] for record in students))
+        bars.set_title(title, fontsize="small", loc="left")
+        curves.set_ylabel("accuracy, %", fontsize="small")
+        curves.xaxis.get_major_locator().set_params(integer=True)
+        curves.grid(alpha=0.3)
+        for axes in (bars, curves):
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("accuracy after the last epoch, %")
+    panels[-1, 1].set_xlabel("epoch")
     save_figure(figure, path)
