@@ -213,9 +213,13 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the table: a row of panels for all students that learn from the same batches.
 
-    Means with standard deviations after the last epoch, and means over epochs.
+    Means with standard deviations after the last epoch, and means over epochs. Teachers are drawn
+    if there is no student.
     """
-    students = [r for r in records if r["settings"]["method"] != "teacher" and "accuracy" in r]
+    measured = [record for record in records if "accuracy" in record]
+    if not measured:  # of an untrained teacher and its heads
+        return
+    students = [r for r in measured if r["settings"]["method"] != "teacher"] or measured
     rows: dict[str, list[Mapping[str, Any]]] = {}
     found = {name: {value_of(r["settings"], name) for r in students} for name in PAIRED}
     told = [name for name in PAIRED if name not in ("seed", "images") and len(found[name]) > 1]

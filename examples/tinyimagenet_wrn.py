@@ -1,4 +1,4 @@
-r"""Tiny ImageNet, WRN-22-4 teacher to WRN-10-4 student, from the data to the record.
+r"""Tiny ImageNet, WRN-22-4 teacher to WRN-10-4 student, from the data to the results.
 
     python examples/tinyimagenet_wrn.py --out runs/tiny_wrn
     python examples/tinyimagenet_wrn.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
@@ -46,11 +46,11 @@ class Settings(common.Settings):
     method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: `epochs`
-    first_epochs: int = 40  # epochs of the attention heads before the student
+    first_epochs: int = 40  # epochs of the attention heads, on the student's images
     learning_rate: float = 0.1  # first learning rate
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor on the student's channels
-    student_share: float = 1.0  # part of the teacher's images that the students learn from
+    student_share: float = 1.0  # share of the teacher's images for students and heads
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
     bound: float = 1.0  # largest transfer gradient, as a multiple of the task gradient
@@ -144,7 +144,7 @@ def train_student(
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Train the student on the task and, behind the gate, towards the teacher's graphs.
+    """Train the student on the task and, with a gated gradient, towards the teacher's graphs.
 
     ``method`` is a form of MHGD. The graphs' logits are plain in "mhgd" (the poster's) and squashed
     in "mhgd-tanh" (the authors' program's). The other names say what is added: scaled logits, own
@@ -176,7 +176,7 @@ def train_student(
                 logits = student(images).float()
                 with torch.no_grad():
                     targets = teacher(images).float()
-            task = finite(F.cross_entropy(logits, labels))  # an error once it has diverged
+            task = finite(F.cross_entropy(logits, labels))  # an error if the loss is not finite
             if "soft-logits" in method:
                 soft = common.soft_logits(logits, targets)
                 task = (1 - settings.soft_share) * task + settings.soft_share * soft

@@ -111,6 +111,16 @@ def test_teachers_of_two_pairs_are_two_lines():
     assert [line[1] for line in lines] == ["network", "VGG16", "VGG7", "WRN-22-4", "WRN-10-4"]
 
 
+def test_a_table_has_a_picture_once_a_network_is_measured(tmp_path):
+    teacher = record("teacher", teacher="VGG16")
+    students = [record("student", n, student="VGG7", epochs=n) for n in range(2)]
+    untrained = {key: value for key, value in teacher.items() if key != "accuracy"}
+    drawn = {"none": [untrained], "teacher": [teacher], "two rows": [teacher, *students]}
+    for name, records in drawn.items():
+        tables.picture(records, tmp_path / f"{name}.png")
+    assert {file.stem for file in tmp_path.iterdir()} == {"teacher", "two rows"}
+
+
 def test_each_part_of_the_benchmark_leaves_a_record(tmp_path, capsys):
     small = {"width": 0.0625, "batch_size": 8, "train_steps": 1, "repeats": 1, "samples": (8,)}
     benchmark.main(benchmark.Settings(out=tmp_path, device="cpu", **small))
