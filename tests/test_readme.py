@@ -1,4 +1,4 @@
-"""Every block of the README is run, and what its prose points at exists."""
+"""Every block of the README is run; what its prose points at exists; its gains are measured."""
 
 import re
 import shlex
@@ -7,7 +7,9 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import common
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
 from cifar_files import files, write_folder
@@ -76,6 +78,32 @@ def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
             words += ["--methods", "student", "--rows", "VGG", "--seeds", "0"]
         subprocess.run([sys.executable, "-W", "error", *words], cwd=ROOT, check=True)
         assert list((tmp_path / f"run{n}").rglob("records.jsonl"))
+
+
+def test_the_readme_states_measured_gains_beside_its_table():
+    lines = tables.frame(common.read_records(ROOT / "examples/results/tinyimagenet32_100.jsonl"))
+
+    def mean(column, method, **settings):
+        values = {"method": method, "network": "WRN-10-4", **settings}
+        asked = " and ".join(f"{name} == '{value}'" for name, value in values.items())
+        return lines.query(asked)[column].mean()
+
+    more = {"network": "VGG7", "student_share": 0.25}
+    own, soft = (mean("gain", method, **more) for method in ("mhgd-own-heads", "soft-logits"))
+    told = [f"own heads and soft logits gain {gain:.1f} each" for gain in (own, soft)]
+    untrained = mean("gain", "mhgd-own-heads", network="VGG7", teacher_epochs=0)
+    told += [f"{-untrained:.0f} points less than the student alone"]
+    own, longer = (mean("gain", "mhgd-own-heads", epochs=epochs) for epochs in (60, 180))
+    alone = mean("accuracy", "student", epochs=60)
+    told += [
+        f"gain {own:.1f} points after 60 epochs ({alone:.1f} to {alone + own:.1f}), {longer:.1f}"
+    ]
+    ab, longer = (mean("gain", "ab", epochs=epochs) for epochs in (60, 180))
+    told += [f"**AB {ab:.0f} after 60**, {longer:.1f} after 180."]
+    less, more = (-mean("gain", "soft-logits", soft_share=share) for share in (0.3, 0.8))
+    told += [f"Soft logits lose {less:.0f} (share 0.3) or {more:.0f} (0.8)."]
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert [one for one in told if one not in text] == []
 
 
 def test_two_commands_do_the_set_up():
