@@ -355,14 +355,14 @@ def tables(record: Mapping[str, Any]) -> str:
     for maps, rows in record.get("vectors", {}).items():
         found[f"Singular vectors, maps {KINDS[maps]}"] = pd.DataFrame(rows).set_index("method")
     if "step" in record:
-        pairs = {pair: flat(values) for pair, values in record["step"].items()}
-        found["A step"] = pd.DataFrame(pairs).T
+        steps = pd.json_normalize([*record["step"].values()])
+        found["A step"] = steps.set_axis([*record["step"]])
     if "growth" in record:
         found["Growth"] = pd.DataFrame(record["growth"]).set_index("samples")
     text = [f"{where}, medians of {rounds} rounds."]
     for title, lines in found.items():
         columns = {}
-        for name in lines.columns.drop("seconds_of_points", errors="ignore"):  # of older records
+        for name in lines:
             scale = 1e3 if "seconds" in name else 2**-20 if "bytes" in name else 1
             columns[renamed(name)] = [text_of(value, scale) for value in lines[name]]
         shown = pd.DataFrame(columns, lines.index)
@@ -371,28 +371,18 @@ def tables(record: Mapping[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def text_of(value: Any, scale: float) -> str:
-    """Return a cell: three digits of a number, the first words of an error."""
-    if isinstance(value, str):
-        return value.split(":")[0]
+def text_of(value: float, scale: float) -> str:
+    """Return a cell: three digits of a number."""
     if value != value:  # NaN: not measured
         return "–"
     return f"{scale * value:.0f}" if 1000 <= scale * value < math.inf else f"{scale * value:.3g}"
 
 
 def renamed(name: str) -> str:
-    """Return the name of a column as tables show it."""
+    """Return the name of a column as tables show it; those of nested numbers have a point."""
+    name = ", ".join(name.split(".")[::-1])
     named = {"ours / this": "graph-kd / this", "vector": "1 - cos", "gradient": "gradient error"}
     return named.get(name, name.replace("seconds", "ms").replace("_", " ").replace("bytes", "MiB"))
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return nested numbers under joined names."""
-    parts: dict[str, float] = {}
-    for name, value in values.items():
-        nested = value.items() if isinstance(value, dict) else [("", value)]
-        parts |= {f"{inner}, {name}" if inner else name: number for inner, number in nested}
-    return parts
 
 
 def measure(part: Part, settings: Settings) -> Any:
