@@ -413,6 +413,15 @@ def test_one_pass_serves_every_pair_of_models_and_layers():
             transfer.estimator_loss(pair[1])
 
 
+def test_one_pass_of_the_teacher_serves_students_that_come_and_go():
+    (teacher, of_teacher), transfer = hooked(), GraphTransferLoss([6, 6], 2)
+    teacher(batch(0))
+    for _ in range(20):  # a new model can take the id of one that is gone
+        student, of_student = hooked()
+        student(batch(0))
+        transfer(of_student, of_teacher)
+
+
 def test_losses_keep_no_features_alive_and_make_no_cycles():
     (student, of_student), (teacher, of_teacher) = hooked(), hooked()
     transfer, unhooked = GraphTransferLoss([6, 6], 2), without_hooks()

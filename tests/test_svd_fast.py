@@ -369,6 +369,19 @@ def test_the_cpu_does_not_filter_what_float32_can_not_resolve(decomposed):
     assert len(decomposed) == 2  # one after the first filter, one of the map's own products
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype, capturable):
+    maps = noise(4, 40, 33 + capturable)  # a size of no other test: constants are kept
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        vectors = top_of(maps, 2, capturable=capturable).all
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(vectors, top_of(maps, 2, capturable=capturable).all)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(24, 8, 8), (40, 4, 5)])
 def test_memory_format_does_not_matter_and_is_that_of_the_gradient(memory_format, shape):

@@ -12,9 +12,11 @@ from torch.nn.parallel import DataParallel
 
 from graph_kd.testing import assert_feature_hooks
 
-# torch announces the ends of torch.jit and of quantisation.
+# torch announces the ends of torch.jit and of quantisation, and changes of nested tensors.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning"
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:torch.quantize_per_tensor:UserWarning",
+    "ignore:The PyTorch API of nested tensors:UserWarning",
 )
 randn, chain = torch.randn, nn.Sequential
 
@@ -169,6 +171,7 @@ RIGHT = {
     "one batch size alone": twins(lambda: output_of(lambda x: x.reshape(4, 8)), "1"),
     "keywords": twins(TakesTwo, "linear", {"position": position, "scale": scale, "x": x}),
     "user dict": twins(TakesTwo, "linear", UserDict(x=x, position=x)),
+    "a scalar first": twins(TakesTwo, "linear", {"scale": scale, "position": position, "x": x}),
     "a number": twins(TakesTwo, "linear", {"scale": 2.0, "x": x, "position": x}),
     "tuple": twins(TakesTwo, "linear", (position, x)),
     "list": twins(TakesTwo, "linear", [x, x, 2.0]),
@@ -205,6 +208,12 @@ RIGHT = {
     "instance norm": twins(lambda: chain(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3)), "1", IMAGES),
     "joined maps": twins(
         lambda: chain(Apply(lambda x: torch.cat([x, -x], 1), nn.Conv2d(3, 9, 1))), "0", (4, 3, 9, 9)
+    ),
+    "norm of a whole map": twins(
+        lambda: chain(nn.Conv2d(3, 5, 1), nn.LayerNorm([5, 12, 12]), nn.ReLU()), "2", IMAGES
+    ),
+    "block of linear layers": twins(
+        lambda: chain(Apply(lambda x: x.permute(0, 3, 1, 2), channels_last())), "0", SQUARE_LAST
     ),
     "own norm": twins(lambda: chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9)), "1", (4, 3, 9, 9)),
     "own norm, other size": twins(lambda: chain(nn.Conv2d(3, 9, 1), LayerNorm2d(9)), "1", IMAGES),
@@ -265,6 +274,11 @@ WRONG = {
     "no batch axis": (AXES + r"\(8,\)\.$", *gives(lambda x: x.mean(0))),
     "batch of one": (AXES + r"\(1, 8\)\.$", *gives(lambda x: x[:1])),
     "batch last": (AXES + r"\(8, 4\)\.$", *gives(lambda x: x.mT)),
+    "nested": (
+        r"`output` must be a dense tensor; got a nested one\. .*`role_sele",
+        *gives(lambda x: torch.nested.as_nested_tensor(list(x))),
+    ),
+    "sparse": (r"got a sparse one\. .*`role_sele", *gives(lambda x: x.to_sparse())),
     "six axes": (AXES + r"\(4, 2, 2, 2, 1, 1\)", *gives(lambda x: x.reshape(4, 2, 2, 2, 1, 1))),
     "failing": ("'x'$", *gives(fails)),
     "in place": ("changed in place", lambda: stages(nn.ReLU(inplace=True)), "1", VECTORS),
@@ -311,7 +325,7 @@ def test_role_and_layer_of_a_wrong_model_are_named_and_the_advice_helps(name, ro
     with no_trace(given["student"], given["teacher"]), pytest.raises(AssertionError) as caught:
         assert_feature_hooks(**given)
     text = str(caught.value)
-    assert re.match(rf"{role.capitalize()}( layer '{layer}'|, layers \['{layer}'\]:) ", text)
+    assert re.match(rf"{role.capitalize()}( layer '{layer}':?|, layers \['{layer}'\]:) ", text)
     assert re.search(message.replace("role", role), text)
     advice = settings_in(text.partition(" If axis")[0])  # then how to skip the check
     assert bool(advice) == bool(re.search("_sele|role al", message))

@@ -33,16 +33,17 @@ class Channels:
 
     module: nn.Module
     count: int
-    shape: tuple[int, ...]
+    output: Tensor
 
-    def axis_in(self, shape: tuple[int, ...]) -> int | None:
+    def axis_in(self, feature: Tensor) -> int | None:
         """Return the channel axis of a tensor made from the output; None where it is not sure.
 
         Made without a change of shape (an activation, a residual block) or by a permutation.
         """
-        if sorted(shape) != sorted(self.shape):
+        shape = feature.shape
+        if sorted(shape) != sorted(self.output.shape):
             return None
-        if shape == self.shape and type(self.module).__module__.startswith("torch.nn.modules."):
+        if feature is self.output and type(self.module).__module__.startswith("torch.nn.modules."):
             return len(shape) - 1 if isinstance(self.module, _LAST) else 1
         fitting = [axis for axis in range(1, len(shape)) if shape[axis] == self.count]
         return fitting[0] if len(fitting) == 1 else None
@@ -57,10 +58,11 @@ def watch_channels(
     found: dict[str, Channels] = {}
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            count = next(getattr(module, name) for name in _COUNTS if hasattr(module, name))
-            count = count[-1] if isinstance(count, tuple) else count
-            last[:] = [Channels(module, count, tuple(output.shape))]
+        count = next(getattr(module, name) for name in _COUNTS if hasattr(module, name))
+        counts = count if isinstance(count, tuple) else (count,)
+        # A norm over several axes does not say which one has the channels.
+        if isinstance(output, Tensor) and len(counts) == 1:
+            last[:] = [Channels(module, counts[0], output)]
 
     def keep(name: str) -> Any:
         return lambda *_: found.update({name: last[0]} if last else {})

@@ -12,9 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["ForwardPass", "check_estimator_fresh", "check_fresh", "training_norms"]
 
-# The id of the model and the names of the hooked layers. Hooks that are placed anew for every step
-# are one source.
-Source = tuple[int, tuple[str, ...]]
+# The model and the names of the hooked layers. Hooks that are placed anew for every step are one
+# source. Weak references stay different where a new model takes the id of one that is gone.
+Source = tuple[weakref.ref[nn.Module], tuple[str, ...]]
 
 # Of tensors that hooks gave, in whatever list they arrive.
 _PASS_OF: MutableMapping[Tensor, ForwardPass] = WeakTensorKeyDictionary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ class FeatureHooks:
         modules = named_modules(plain)
         self.layers = _check_layers(layers, modules)
         selects = check_select(select, self.layers)
-        self._source = (id(plain), self.layers)
+        self._source = (weakref.ref(plain), self.layers)
         self._norms: dict[str, nn.Module] = {
             name: module
             for name, module in modules.items()

@@ -188,7 +188,7 @@ def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: b
     peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
     if fixed or bool(outside.any()):
-        identity = torch.eye(gram.shape[-1], device=gram.device)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         gram = torch.where(rearrange(outside, "n -> n 1 1"), identity, gram)
         peak = torch.where(outside, 1, peak)
     if kept == gram.shape[-1]:
@@ -343,7 +343,7 @@ def _last(batches: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
 def _start(kept: int, size: int, device: torch.device) -> Tensor:
     """Return vectors that no Gram matrix is orthogonal to, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(kept, size, generator=generator).to(device)
+    return torch.randn(kept, size, generator=generator, dtype=torch.float32).to(device)
 
 
 def _orthonormal(block: Tensor) -> Tensor:

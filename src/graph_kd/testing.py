@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_kd._axes import Channels, watch_channels
+from graph_kd._checks import check_dense
 from graph_kd._features import channel_axis, check_channel_dim
 from graph_kd._forward_pass import training_norms
 from graph_kd._hooks import FeatureHooks, named_modules, unwrap
@@ -119,14 +120,14 @@ class _Inputs:
         self.named = dict(sample) if isinstance(sample, Mapping) else {}
         self.listed = list(sample) if several else [] if self.named else [sample]
         values = [*self.listed, *self.named.values()]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        if not tensors or tensors[0].ndim == 0:
+        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
+        if not tensors:
             raise AssertionError(
                 "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds "
                 f"one; got {type(sample).__name__}."
             )
         # Position ids and alike may come once for the whole batch.
-        self.size = next((len(t) for t in tensors if t.ndim and len(t) > 1), len(tensors[0]))
+        self.size = next((len(t) for t in tensors if len(t) > 1), len(tensors[0]))
         self.gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
 
     def one_more(self) -> _Inputs:
@@ -215,6 +216,8 @@ class _Point:
     def __init__(self, side: _Side, layer: str, feature: Tensor, size: int) -> None:
         self.side, self.layer, self.feature = side, layer, feature
         self.where = f"{side.role} layer {layer!r}"
+        with _assertions(self.where, side.role):
+            check_dense("output", feature)
         self.shape = shape = tuple(feature.shape)
         if not feature.is_floating_point():
             hint = f" Pass {side.selecting('dequantize()')}" if feature.is_quantized else ""
@@ -233,7 +236,7 @@ class _Point:
 
     def check_channel_axis(self, found: Channels) -> None:
         """Assert that no module contradicts the channel axis."""
-        there = found.axis_in(self.shape)
+        there = found.axis_in(self.feature)
         if there not in (None, self.axis):
             raise AssertionError(
                 f"{self.where} gave shape {self.shape}: axis {self.axis}, where the loss looks for "
