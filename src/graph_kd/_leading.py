@@ -221,8 +221,8 @@ def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
     images = block @ gram
     lengths = torch.linalg.vector_norm(images, dim=-1)
     lengths = lengths.sort(dim=1, descending=True).values
-    # The last lengths are far below their values yet, but where values fall fast even half of a
-    # value is well above the next one.
+    # The last rows have not converged: their lengths are far below their values. So the edge comes
+    # from a row before them, unless values fall fast: the smallest wanted one must stay above it.
     top, edge = lengths[:, :1], lengths[:, -1 - EXTRA // 2, None]
     edge = torch.where(top > STEEP * edge, lengths[:, -1:], edge)
     degree = int((LOG_SPREAD / _growth(top, edge)).median().clamp(2, MOST))
