@@ -44,7 +44,7 @@ ALLOWED = {
         "_svd",
     },
     "_axes": set(),
-    "testing": {"_axes", "_features", "_forward_pass", "_hooks", "_select"},
+    "testing": {"_axes", "_checks", "_features", "_forward_pass", "_hooks", "_select"},
 }
 
 
