@@ -217,11 +217,9 @@ class Events(Loop):
 
 @pytest.fixture(params=product(OPTIMIZERS, GATES), ids="-".join)
 def both(request):
-    """Give the loop with the wrapper and the plain one, and compare them after the test."""
+    """Return the loop with the wrapper and the plain one."""
     make, gate = OPTIMIZERS[request.param[0]], GATES[request.param[1]]
-    wrapped, plain = (Events(make, gate, wrapped=wrapped) for wrapped in (True, False))
-    yield wrapped, plain
-    wrapped.assert_same(plain)
+    return [Events(make, gate, wrapped=wrapped) for wrapped in (True, False)]
 
 
 CLEARING = {
@@ -246,6 +244,7 @@ def test_a_step_is_that_of_the_plain_optimizer_whatever_happened_before(both, ev
             else:
                 getattr(on, event)()
             on.optimizer.step()
+    Loop.assert_same(*both)
 
 
 SCHEDULERS = {
@@ -257,7 +256,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("on_inner", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_may_be_of_the_wrapper_or_of_the_wrapped(both, name, on_inner):
+def test_schedulers_of_the_wrapper_and_of_the_inner_optimizer_set_the_rates(both, name, on_inner):
     for on in both:
         early = lr_scheduler.StepLR(on.optimizer, 10)
         with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step"):
@@ -267,6 +266,7 @@ def test_a_scheduler_may_be_of_the_wrapper_or_of_the_wrapped(both, name, on_inne
             on.train([seed])
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
             on.see(on.optimizer.param_groups[0]["lr"])
+    Loop.assert_same(*both)
 
 
 # What the plain optimizer has no counterpart of.
@@ -284,9 +284,21 @@ def backward(optimizer, param, task, transfer):
 
 
 def test_the_wrapper_shows_its_settings():
-    _, optimizer = one_number(gate="sigmoid", scope="global", bound=2)
+    group = torch.distributed.ProcessGroup(0, 1)
+    _, optimizer = one_number(gate="sigmoid", scope="global", bound=2, process_group=group)
+    assert optimizer.process_group is group
     settings = "gate='sigmoid', scope='global', bound=2.0"
     assert repr(optimizer) == f"GatedGradClip({settings}, optimizer={optimizer.optimizer!r})"
+
+
+def test_train_and_eval_reach_a_schedule_free_optimizer_and_no_other():
+    _, optimizer = one_number()
+    assert optimizer.train() is optimizer.eval() is None
+    inner, calls = optimizer.optimizer, []
+    inner.train, inner.eval = partial(calls.append, "train"), partial(calls.append, "eval")
+    optimizer.train()
+    optimizer.eval()
+    assert calls == ["train", "eval"]
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -341,23 +353,20 @@ def test_accelerate_may_prepare_the_wrapped_optimizer():
         assert param.item() == -12.0 * step
 
 
-# Frameworks mix their own class with the optimizer's.
-
-
 class Copied:
-    """The classes are mixed, the __dict__ copied; a plain attribute is called as ours."""
+    """A framework's shell: it mixes its class with the optimizer's and copies the __dict__."""
 
     def __init__(self, optimizer):
         self.__dict__.update(optimizer.__dict__)
         self.__class__ = type("Shell", (type(self), type(optimizer)), {})
-        self.optimizer = optimizer
+        self.optimizer = optimizer  # the wrapper has an attribute of this name
 
     def step(self, closure=None):
         return self.optimizer.step(closure)
 
 
 def fabric_shell(optimizer):
-    """The classes are mixed, attributes looked up, as by Lightning too."""
+    """Return a shell that looks attributes up instead; Lightning has the same."""
     fabric = pytest.importorskip("lightning.fabric", reason="needs the extra `integrations`")
     return fabric.Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer)
 
@@ -422,16 +431,6 @@ def test_a_copy_has_settings_and_a_count_of_its_own(how, shell, capturable):
     twin, twin_of_original = copy.deepcopy((shelled, original))
     twin.bound = 7.0
     assert twin_of_original.bound == 7.0
-
-
-def test_train_and_eval_reach_a_schedule_free_optimizer_and_no_other():
-    _, optimizer = one_number()
-    assert optimizer.train() is optimizer.eval() is None
-    inner, calls = optimizer.optimizer, []
-    inner.train, inner.eval = partial(calls.append, "train"), partial(calls.append, "eval")
-    optimizer.train()
-    optimizer.eval()
-    assert calls == ["train", "eval"]
 
 
 def plain_step(on, *, by_closure=False):

@@ -50,7 +50,7 @@ def train(
     inner = torch.optim.SGD([*student.parameters(), *own_heads], lr=0.1, momentum=0.9)
     gated = GatedGradClip(inner, process_group=group)  # `backward` is called on this handle
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(gated, T_max=100)
-    # Wrap before `prepare`: in the other order accumulation would be silently wrong.
+    # Wrap before `prepare`: `save_state` then saves the wrapper, not the inner optimizer alone.
     student, optimizer, loader, schedule = accelerator.prepare(student, gated, loader, schedule)
     accelerator.register_for_checkpointing(transfer)  # or a resume has other heads, silently
     scaler = accelerator.scaler  # of mixed_precision="fp16"
