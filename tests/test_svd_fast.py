@@ -350,6 +350,11 @@ def test_the_cpu_needs_one_filter_or_one_more_after_a_look_at_the_values(
     assert len(decomposed) == filters
 
 
+def test_the_cpu_filters_few_maps_with_gaps_of_one_and_a_half_per_cent_again(decomposed):
+    top_of(with_values(falling(1.015, 64), 72, 64, count=64), 4)
+    assert sum(decomposed[1:]) <= 8 < decomposed[0]
+
+
 @pytest.mark.parametrize("ratio", [3.6, 4.0])
 def test_float32_finds_four_values_that_fall_fast(ratio):
     assert not top_of(with_values(falling(ratio, 64), 72, 64, count=8), 4).doubtful.any()
