@@ -220,7 +220,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference"])
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_hooks_pass_and_leave_no_trace(name, mode):
     given = RIGHT[name]()
@@ -228,9 +228,11 @@ def test_right_hooks_pass_and_leave_no_trace(name, mode):
     student.register_forward_hook(lambda *_: None)
     for p in student.parameters():
         p.grad = torch.randn_like(p)
-    with torch.set_grad_enabled(mode != "no_grad"), no_trace(student, given["teacher"]):
+    modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    with modes.get(mode, torch.enable_grad)(), no_trace(student, given["teacher"]):
         assert_feature_hooks(**given)
-        assert torch.is_grad_enabled() == (mode != "no_grad")
+        assert torch.is_grad_enabled() == (mode not in modes)
+        assert torch.is_inference_mode_enabled() == (mode == "inference")
     torch.testing.assert_close(given["sample"], sample, rtol=0, atol=0)
 
 

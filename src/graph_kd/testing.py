@@ -292,7 +292,7 @@ def _undisturbed(model: nn.Module, inputs: _Inputs) -> Iterator[None]:
     plain = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(module, dict(module._buffers)) for module in plain]
     content = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(inputs.gpus), torch.enable_grad():
+    with torch.random.fork_rng(inputs.gpus), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:
