@@ -3,6 +3,8 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
     python examples/tinyimagenet_vgg.py --out runs/tiny_vgg
     python examples/tinyimagenet_vgg.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
+    python examples/tinyimagenet_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
+        --student-share 0.1
 
 Everything is as in `cifar100_vgg.py` but the images, 64×64 pixels, and one
 pooling more in the networks. Accuracy is measured on the labelled validation images.

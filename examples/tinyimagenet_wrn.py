@@ -3,6 +3,8 @@ r"""Tiny ImageNet, WRN-22-4 teacher to WRN-10-4 student, from the data to the re
     python examples/tinyimagenet_wrn.py --out runs/tiny_wrn
     python examples/tinyimagenet_wrn.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.05
+    python examples/tinyimagenet_wrn.py --out runs/few --method student mhgd-own-heads --bound 3 \
+        --student-share 0.1
 
 Everything is as in `cifar100_vgg.py` but the networks and the images, 64×64
 pixels, for which their first convolution has stride 2. Accuracy is measured on the labelled

@@ -102,9 +102,9 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     check_told(
         *(f"own heads and soft logits gain {gain:.1f} each" for gain in (own, soft)),
         f"{-untrained:.0f} points less than the student alone",
-        f"gain {own_wrn:.1f} points after 60 epochs ({alone:.1f} to {alone + own_wrn:.1f})",
-        f", {longer:.1f} after 180; **AB {ab:.0f} after 60**, {longer_ab:.1f} after 180.",
-        f"Soft logits lose {-less:.0f} (share 0.3) or {-more:.0f} (0.8).",
+        f"gain {own_wrn:.1f} points after 60 epochs (from {alone:.1f} to {alone + own_wrn:.1f}), "
+        f"{longer:.1f} after 180; AB gains {ab:.1f}, then {longer_ab:.1f}.",
+        f"Soft logits lose {-less:.0f} (weight 0.3) or {-more:.0f} (0.8).",
     )
 
 
@@ -118,10 +118,10 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        "With ten classes shared heads were {:.0f} to {:.0f} points ahead".format(*ahead),
         "they gained {:.0f} to {:.0f} points on the VGG ".format(*gains)
-        + f"(AB and KD-SVDF: {others}) and none on the WRN",
-        f"none on the VGG, and lost {-mean('wrn', 'gain', 'mhgd'):.0f} on the WRN",
+        + f"(AB and KD-SVDF: {others}), and were "
+        + "{:.0f} to {:.0f} points ahead of own heads".format(*ahead),
+        f"nothing on the VGG, and lost {-mean('wrn', 'gain', 'mhgd'):.0f} on the WRN",
     )
 
 
