@@ -29,7 +29,16 @@ TITLES |= {
 PAIRED = ["data", "classes", "images", "seed", "student", "split", "student_share", "epochs"]
 PAIRED += ["student_width", "width", "learning_rate", "batch_size", "amp"]
 VARIED = ["data", "network", "split", "student_share", "student_width", "epochs", "first_epochs"]
-VARIED += ["teacher_epochs", "num_heads", "gate", "bound", "soft_share", "width", "learning_rate"]
+VARIED += [
+    "teacher_epochs",
+    "teacher_seed",
+    "num_heads",
+    "gate",
+    "bound",
+    "soft_share",
+    "width",
+    "learning_rate",
+]
 VARIED += ["amp", "batch_size", "classes"]
 MISSING = "–"
 
@@ -160,8 +169,8 @@ def value_of(settings: Mapping[str, Any], name: str) -> Any:
 
     The first records have no width of the student.
     """
-    if name == "network":
-        name = "teacher" if settings["method"] == "teacher" else "student"
+    own = {"network": "teacher", "teacher_seed": "seed"} if settings["method"] == "teacher" else {}
+    name = own.get(name, "student" if name == "network" else name)
     given = settings["method"] != "teacher" and name == "student_width"
     return settings.get(name, 1.0 if given else MISSING)
 

@@ -111,6 +111,15 @@ def test_teachers_of_two_pairs_are_two_lines():
     assert [line[1] for line in lines] == ["network", "VGG16", "VGG7", "WRN-22-4", "WRN-10-4"]
 
 
+def test_students_of_two_teachers_are_two_lines_and_gain_on_the_same_student_alone():
+    records = [record("teacher", seed, 90.0 + seed) for seed in (0, 1)]
+    records += [record("mhgd", 0, 60.0 + seed, teacher_seed=seed) for seed in (0, 1)]
+    _, *lines = cells(tables.markdown([*records, record("student", 0, 50.0)]))
+    told = [("0", "90.00 (1)", "–"), ("1", "91.00 (1)", "–"), ("–", "50.00 (1)", "–")]
+    told += [("0", "60.00 (1)", "+10.00 (1)"), ("1", "61.00 (1)", "+11.00 (1)")]
+    assert [line[1:4] for line in lines] == told
+
+
 def test_a_table_has_a_picture_once_a_network_is_measured(tmp_path):
     teacher, student = record("teacher", teacher="VGG16"), record("student", student="VGG7")
     tables.picture([], tmp_path / "none.png")
