@@ -97,6 +97,14 @@ class Settings:
         if vars(self).get("teacher_epochs", 0) is None:
             object.__setattr__(self, "teacher_epochs", vars(self)["epochs"])
         check(self)
+        shared = [
+            m for m in vars(self).get("method", ()) if m.startswith("mhgd") and "own" not in m
+        ]
+        if shared and vars(self)["student_width"] != 1:
+            raise ValueError(
+                f"`--student-width` must be 1 for `--method {shared[0]}`, which shares the "
+                "teacher's attention heads. Take `--method student mhgd-own-heads`."
+            )
         gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.device == "cuda" and gpus < local:
             raise ValueError(
@@ -504,6 +512,7 @@ class Run:
         self.seed, self.order = settings.seed, torch.Generator()
         self.file = settings.out / "networks" / f"{method}-{settings.seed}-{key:08x}.pt"
         self.records = settings.out / "records.jsonl"
+        read_runs(self.records)  # an error comes before the training
         self.saved: dict[str, Any] = {"phase": None}
         if self.file.exists():
             self.saved = read_tensors(self.file, "to train it again")
@@ -565,7 +574,7 @@ class Run:
         if measured:
             self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
         if is_main():
-            records = {str(record["settings"]): record for record in read_records(self.records)}
+            records = {str(record["settings"]): record for record in read_runs(self.records)}
             records[str(self.record["settings"])] = self.record
             write_records(self.records, records.values())
         return self.record
@@ -615,6 +624,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"`{path}` must hold a JSON record a line; got {error}. Move it away."
         ) from error
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the records of trained networks."""
+    records = read_records(path)
+    for record in records:
+        if not isinstance(record, dict) or not {"settings", "phases"} <= record.keys():
+            raise ValueError(f"`{path}` must hold records of trained networks. Move it away.")
+    return records
 
 
 def versions(device: str) -> dict[str, str]:

@@ -212,7 +212,6 @@ def teaching(form: Form) -> tuple[str, int, int]:
 def run(config: Config) -> None:
     """Train every row for every seed that has no record yet, and print the table."""
     records = common.read_records(config.out)
-    done = {(record["row"], record["seed"]) for record in records}
     settings = quickstart.Config(
         split=config.split,
         teacher_steps=config.steps,
@@ -220,6 +219,12 @@ def run(config: Config) -> None:
         head_steps=config.head_steps,
     )
     about = {"split": config.split, "steps": config.steps, "head_steps": config.head_steps}
+    if not (config.render or all(about.items() <= record.items() for record in records)):
+        raise ValueError(
+            f"`--out` must hold records of the same split, steps and head steps; {config.out} has "
+            "others. Take another file."
+        )
+    done = {(record["row"], record["seed"]) for record in records}
     for seed in range(config.first_seed, config.first_seed + config.seeds):
         left = {name: form for name, form in ROWS.items() if (name, seed) not in done}
         if config.render or not left:

@@ -58,6 +58,8 @@ class Settings(cifar100_vgg.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.seeds:
+            raise ValueError("`--seeds` must be at least one; got none.")
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"`--seeds` must be ≥ 0 and < 2**63; got {seed}.")
@@ -141,17 +143,21 @@ def main(settings: Settings) -> None:
     torch.backends.cudnn.benchmark = True
     file, diverged = settings.out / "records.jsonl", dict[str, DivergedError]()
     for row, method, of_cell in cells(settings):
-        name = f"{row.title}, {method}, seed {of_cell.seed}"
-        if f"{row.title}, teacher, seed {of_cell.seed}" in diverged and method != "student":
+        name, teacher = (
+            f"{row.script}, {row.title}, {m}, seed {of_cell.seed}" for m in (method, "teacher")
+        )
+        if teacher in diverged and method != "student":
+            diverged[name] = diverged[teacher]
             continue
         try:
-            before = len(common.read_records(file))
+            before = len(common.read_runs(file))
             train_cell(row, method, of_cell)
-            if len(common.read_records(file)) > before:
+            if len(common.read_runs(file)) > before:
                 draw(file)
         except DivergedError as error:
             diverged[name] = error
-    show(file)
+    if file.exists():
+        show(file)
     if diverged:
         named = "\n".join(f"{name}: {error}" for name, error in diverged.items())
         sys.exit(f"reproduce.py: cells without a result:\n{named}")
@@ -160,7 +166,7 @@ def main(settings: Settings) -> None:
 def draw(path: Path) -> None:
     """Draw a file of records beside it."""
     if common.is_main():
-        picture(common.read_records(path), path.with_suffix(".png"))
+        picture(common.read_runs(path), path.with_suffix(".png"))
 
 
 def show(path: Path) -> None:
@@ -168,9 +174,12 @@ def show(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"`{path}` must be a file of records; there is none.")
     draw(path)
+    records = common.read_runs(path)
+    if not any("accuracy" in record for record in records):
+        raise ValueError(f"`{path}` must hold a measured network; it has none.")
     if common.is_main():
         print(f"{path}: accuracy after the last epoch, mean ± standard deviation (seeds)\n")
-        print(markdown(common.read_records(path)))
+        print(markdown(records))
 
 
 if __name__ == "__main__":

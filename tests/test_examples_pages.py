@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import benchmark
@@ -158,6 +159,9 @@ def test_a_form_of_own_heads_that_has_a_record_is_not_run_again(tmp_path, monkey
     first = common.read_records(config.out)
     assert [record["row"] for record in first] == list(own_heads.ROWS)
     own_heads.run(config)
+    with pytest.raises(ValueError, match="must hold records of the same split, steps and head"):
+        own_heads.run(replace(config, steps=3))
+    own_heads.run(replace(config, steps=3, render=True))
     assert common.read_records(config.out) == first
 
 

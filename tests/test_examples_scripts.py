@@ -209,11 +209,30 @@ def test_students_of_several_seeds_can_share_a_teacher(small, tmp_path):
 def test_a_cell_that_diverges_is_left_out_and_named(small):
     good = small(reproduce, rows=("VGG",), seeds=(0,), methods=("student",))
     wild = replace(good, learning_rate=1e12, methods=("student", "mhgd"))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            reproduce.main(wild)
+        for method in ("teacher", "mhgd"):  # the second is not tried without the first
+            assert f"\ncifar100_vgg, VGG, {method}, seed 0: The loss must stay" in end.value.code
+        reproduce.main(good)
     with pytest.raises(FileNotFoundError, match="must be a file of records; there is none"):
-        reproduce.main(wild)
-    reproduce.main(good)
-    with pytest.raises(SystemExit, match=r"VGG, teacher, seed 0: .*must stay finite"):
-        reproduce.main(wild)
+        reproduce.main(replace(good, render=(good.out / "none.jsonl",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "a measured network"), ("5", "records of trained networks"), ("{", "a JSON record")],
+)
+def test_a_file_of_other_records_is_refused_before_a_network_trains(small, text, message):
+    settings = small(reproduce, rows=("VGG",), methods=("student",))
+    file = settings.out / "records.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"records.jsonl` must hold {message}"):
+        reproduce.main(replace(settings, render=(file,)))
+    if text:
+        with pytest.raises(ValueError, match=f"records.jsonl` must hold {message}"):
+            cifar100_vgg.main(small(cifar100_vgg))
+        assert not (settings.out / "networks").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,9 +240,11 @@ def test_a_cell_that_diverges_is_left_out_and_named(small):
     [
         (cifar100_vgg, "--data-dir=none", "a.py: `--data-dir` must be or contain"),
         (cifar100_vgg, "--epochs=0", "must be ≥ 1; got 0"),
+        (cifar100_vgg, "--student-width=0.5", "must be 1 for `--method mhgd`,"),
         (cifar100_vgg, "--epoch=1", "Unrecognized"),
         (cifar100_vgg, "--device=meta", "--device"),
         (reproduce, "--seed=1", "Unrecognized"),  # that is --seeds
+        (reproduce, "--seeds", "must be at least one; got none"),
     ],
 )
 def test_a_wrong_flag_ends_in_a_message(script, flag, message, tmp_path, monkeypatch, capsys):

@@ -572,6 +572,8 @@ def test_refuses_reentrant_checkpoints_which_would_train_nothing_inside_them(use
     [
         *[("optimizer", o, TypeError, r"be a torch\.optim\.Optimizer; got ")
           for o in (None, [], SGD)],
+        ("optimizer", GatedGradClip(SGD([torch.zeros(1)], lr=0.1)), TypeError,
+         "be a plain optimizer; got a GatedGradClip"),
         *[("gate", g, ValueError, "be one of 'norm', 'sigmoid' or a callable; got ")
           for g in ("Norm", "tanh", None, 1.0)],
         *[("scope", s, ValueError, "be one of 'parameter', 'global'; got ")

@@ -39,7 +39,8 @@ class GatedGradClip(OptimizerShell):
        anything else set or changed counts as task gradient.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
        transfer loss reaches (an attention head of the student's own, a connector) has no task
-       gradient; the norm of all task gradients takes its place.
+       gradient; the norm of all task gradients takes its place. A task gradient of exactly zero is
+       one: it closes the norm gate.
     5. ``p.grad`` = task + factor · transfer.
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
@@ -66,6 +67,10 @@ class GatedGradClip(OptimizerShell):
     A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
     compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
     earlier run with donated buffers makes the second gradient wrong without an error.
+
+    A compiled graph, and DDP's idiom ``loss + 0 * sum(...)``, give zeros to what the task does not
+    reach. Leave layers that only the transfer loss reaches out of the compiled student, or take
+    ``scope="global"``; else their gate is 0 and they do not learn.
 
     `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
     gradients are held until `zero_grad`. Zeroing ``p.grad.data`` instead does not clear them.
@@ -142,6 +147,11 @@ class GatedGradClip(OptimizerShell):
             raise TypeError(
                 f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}. "
                 "Build one first: GatedGradClip(torch.optim.SGD(student.parameters(), lr=0.1))."
+            )
+        if isinstance(optimizer, GatedGradClip):
+            raise TypeError(
+                "`optimizer` must be a plain optimizer; got a GatedGradClip. Use that one, or wrap "
+                "the optimizer inside it."
             )
         _check_settings(gate, scope, bound)
         check_bool("capturable", capturable)
