@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,3 +91,44 @@ def frozen_logits(estimator: torch.nn.Module, front: Tensor, back: Tensor) -> Te
     """Return the products of the frozen embeddings, which is what the transfer compares."""
     theta, phi = estimator.frozen_embeddings(front, back)
     return theta @ phi.mT
+
+
+def total(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Sum, in float64, what is not None."""
+    given = [g.to(torch.promote_types(g.dtype, torch.float64)) for g in gradients if g is not None]
+    return sum(given) if given else None
+
+
+def norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    """‖·‖ of all that is not None."""
+    return torch.cat([g.flatten().abs() for g in gradients if g is not None]).norm()
+
+
+def factor(gate: str | Callable, task_norm: Tensor, transfer_norm: Tensor, bound: float) -> float:
+    """min(1, bound · ‖task‖ / ‖transfer‖), or 1 / (1 + exp(-τ)), or what the gate returns."""
+    if callable(gate):
+        return gate(task_norm, transfer_norm).item()
+    ratio = (task_norm / transfer_norm).item()  # NaN of two zeros: `min` and `max` return the 1.0
+    return min(1.0, bound * ratio) if gate == "norm" else 1 / (1 + math.exp(-max(1.0, ratio)))
+
+
+def gated_gradients(
+    calls: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor | None]]],
+    gate: str | Callable = "norm",
+    scope: str = "parameter",
+    bound: float = 1.0,
+) -> tuple[list[Tensor | None], list[float], bool]:
+    """Return Σ task + factor · Σ transfer, the factors, and whether the step is skipped."""
+    task, transfer = (
+        [total(gs) for gs in zip(*lists, strict=True)] for lists in zip(*calls, strict=True)
+    )
+    if not all(d is None or d.isfinite().all() for d in transfer):
+        return task, [], True
+    factors, merged = [], list(task)
+    for n, (g, d) in enumerate(zip(task, transfer, strict=True)):
+        if d is not None:
+            task_norm = norm(task if g is None or scope == "global" else [g])
+            transfer_norm = norm(transfer if scope == "global" else [d])
+            factors.append(factor(gate, task_norm, transfer_norm, bound))
+            merged[n] = total([g, factors[-1] * d])
+    return merged, factors[:1] if scope == "global" else factors, False

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from torch import nn
+from torch.optim import SGD
 
-from graph_kd import FeatureHooks, GraphTransferLoss
+from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
 CHANNELS = [6, 8, 10]
 OLDEST = torch.__version__.startswith("2.4.")
@@ -128,3 +131,57 @@ def test_a_module_that_reads_its_own_hooks_can_be_exported():
     reader, x = Reader(), torch.randn(3, 4)
     exported = torch.export.export(reader, (x,), strict=False).module()
     torch.testing.assert_close(exported(x), reader.network[0](x))
+
+
+# Two gradients of a compiled student.
+
+
+@pytest.mark.skipif(
+    not hasattr(functorch, "donated_buffer"), reason="this torch donates no buffers"
+)
+@pytest.mark.parametrize("rows", [3, 5], ids=["the same batch size", "another one"])
+def test_donated_buffers_are_named_with_the_setting_that_keeps_them(rows):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1))
+    with functorch.patch(donated_buffer=True):
+        compiled = torch.compile(net, backend="aot_eager")
+        compiled(torch.ones(3, 4)).sum().backward()  # the first backward decides
+        output = compiled(torch.ones(rows, 4))
+        message = r"`torch._functorch.config.donated_buffer = False`"
+        with pytest.raises(RuntimeError, match=message) as caught:
+            optimizer.backward(output.square().mean(), output.sin().sum())
+    assert "donated buffer" in str(caught.value.__cause__)
+
+
+def convolutions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    return net, torch.randn(4, 2, 6, 6)
+
+
+def fill_the_cache(_rank):
+    net, x = convolutions()
+    torch.compile(net)(x).square().mean().backward()
+
+
+def compare_gradients(_rank):
+    net, x = convolutions()
+    optimizer = GatedGradClip(SGD(net.parameters(), lr=0.1), lambda *_: 1.0)
+    if hasattr(functorch, "donated_buffer"):  # not in torch 2.4
+        functorch.donated_buffer = False
+    gradients = []
+    for forward in (torch.compile(net), net):
+        optimizer.zero_grad()
+        output = forward(x)
+        optimizer.backward(output.square().mean(), output.sin().sum())
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_both_gradients_as_documented(tmp_path, monkeypatch):
+    """A cache filled by a run with donated buffers must not serve the next, without them."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.multiprocessing.spawn(fill_the_cache)
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    torch.multiprocessing.spawn(compare_gradients)
