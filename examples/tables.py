@@ -29,17 +29,8 @@ TITLES |= {
 PAIRED = ["data", "classes", "images", "seed", "student", "split", "student_share", "epochs"]
 PAIRED += ["student_width", "width", "learning_rate", "batch_size", "amp"]
 VARIED = ["data", "network", "split", "student_share", "student_width", "epochs", "first_epochs"]
-VARIED += [
-    "teacher_epochs",
-    "teacher_seed",
-    "num_heads",
-    "gate",
-    "bound",
-    "soft_share",
-    "width",
-    "learning_rate",
-]
-VARIED += ["amp", "batch_size", "classes"]
+VARIED += ["teacher_epochs", "teacher_seed", "num_heads", "gate", "bound", "soft_share", "width"]
+VARIED += ["learning_rate", "amp", "batch_size", "classes"]
 MISSING = "–"
 
 
