@@ -285,10 +285,15 @@ def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, Image
     try:
         train, test = read(settings.data_dir)
     except Exception as error:  # damaged archives, pickles and images raise nearly anything
+        told = f"{type(error).__name__}: {error}"
+        if settings.data_dir is None:
+            raise ValueError(
+                f"The download must give the whole data set; got {told}. Try again, or pass the "
+                "path of a copy as `--data-dir`."
+            ) from error
         raise ValueError(
             f"`--data-dir` must be or contain the whole data set; got {settings.data_dir} "
-            f"({type(error).__name__}: {error}). Get it again and pass its path, or leave the flag "
-            "out to download it."
+            f"({told}). Get it again and pass its path, or leave the flag out to download it."
         ) from error
     found = int(train.labels.max()) + 1
     classes = settings.classes or found

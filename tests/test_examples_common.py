@@ -235,6 +235,12 @@ def test_damaged_data_are_refused_with_the_reason(tmp_path, file, damage, reason
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_download_that_fails_gives_its_reason(monkeypatch):
+    monkeypatch.setattr(common, "CIFAR100_URL", "file:///none")
+    with pytest.raises(ValueError, match=r"download must give the whole .*none.*`--data-dir`"):
+        cifar100_vgg.load(settings())
+
+
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [

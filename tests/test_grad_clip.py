@@ -192,6 +192,12 @@ def test_a_callable_gate_sees_finite_norms_and_must_be_finite(bad, scope, captur
     assert (int(optimizer.skipped), optimizer.gates) == (2, [0.0])
 
 
+def test_one_factor_that_is_not_finite_drops_the_transfer_gradient_of_all():
+    a, b, optimizer = wrapped(1, 1, gate=lambda _, norm: math.nan if norm > 5 else 1.0)
+    optimizer.backward(a + b, a + 10 * b)
+    assert (a.grad.item(), b.grad.item(), optimizer.skipped) == (1.0, 1.0, 1)
+
+
 # Leaves that the optimizer does not hold.
 
 
