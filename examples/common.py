@@ -636,7 +636,10 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     records = read_records(path)
     for record in records:
         if not isinstance(record, dict) or not {"settings", "phases"} <= record.keys():
-            raise ValueError(f"`{path}` must hold records of trained networks. Move it away.")
+            raise ValueError(
+                f"`{path}` must hold records of trained networks; got {str(record)[:40]}. Move it "
+                "away."
+            )
     return records
 
 

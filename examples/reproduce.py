@@ -156,7 +156,7 @@ def main(settings: Settings) -> None:
                 draw(file)
         except DivergedError as error:
             diverged[name] = error
-    if file.exists():
+    if any("accuracy" in record for record in common.read_runs(file)):
         show(file)
     if diverged:
         named = "\n".join(f"{name}: {error}" for name, error in diverged.items())

@@ -158,7 +158,7 @@ def place_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 def value_of(settings: Mapping[str, Any], name: str) -> Any:
     """Return a setting of a record; "network" is the trained one.
 
-    The first records have no width of the student.
+    The seed of a teacher is its "teacher_seed". The first records have no width of the student.
     """
     own = {"network": "teacher", "teacher_seed": "seed"} if settings["method"] == "teacher" else {}
     name = own.get(name, "student" if name == "network" else name)

@@ -215,6 +215,9 @@ def test_a_cell_that_diverges_is_left_out_and_named(small):
         for method in ("teacher", "mhgd"):  # the second is not tried without the first
             assert f"\ncifar100_vgg, VGG, {method}, seed 0: The loss must stay" in end.value.code
         reproduce.main(good)
+    untrained = replace(wild, out=good.out / "untrained", teacher_epochs=0, methods=("mhgd",))
+    with pytest.raises(SystemExit, match=r"VGG, mhgd, seed 0: .*must stay finite"):
+        reproduce.main(untrained)  # its records have no accuracy to show
     with pytest.raises(FileNotFoundError, match="must be a file of records; there is none"):
         reproduce.main(replace(good, render=(good.out / "none.jsonl",)))
 

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections import OrderedDict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import common
@@ -81,14 +81,17 @@ def test_scripts_of_the_shell_blocks_run_in_miniature(tmp_path):
         assert list((tmp_path / f"run{n}").rglob("records.jsonl"))
 
 
+@cache
+def lines(table):
+    path = ROOT / f"examples/results/tinyimagenet32_{table}.jsonl"
+    return tables.frame(common.read_records(path))
+
+
 def mean(table, column, method, **settings):
     """Return the mean of a column over the networks of a table that have a method and settings."""
-    lines = tables.frame(
-        common.read_records(ROOT / f"examples/results/tinyimagenet32_{table}.jsonl")
-    )
     values = {"method": method, **settings}
     asked = " and ".join(f"{name} == '{value}'" for name, value in values.items())
-    return lines.query(asked)[column].mean()
+    return lines(table).query(asked)[column].mean()
 
 
 def test_the_readme_states_the_gains_measured_on_100_classes():
