@@ -273,8 +273,8 @@ def measure_step(
     """
     teacher.eval().requires_grad_(False)
     params, channels = list(student.train().parameters()), student.channels
-    of_teacher = FeatureHooks(teacher, teacher.sensing_points)
-    of_student = FeatureHooks(student, student.sensing_points)
+    teacher_hooks = FeatureHooks(teacher, teacher.sensing_points)
+    student_hooks = FeatureHooks(student, student.sensing_points)
 
     def student_alone() -> None:
         torch.autograd.grad(F.cross_entropy(student(images), labels), params)
@@ -293,7 +293,7 @@ def measure_step(
         def step() -> None:
             teacher(images)
             task = F.cross_entropy(student(images), labels)
-            graphs = transfer(of_student.features, of_teacher.features)
+            graphs = transfer(student_hooks.features, teacher_hooks.features)
             optimizer.zero_grad()
             optimizer.backward(task, graphs)
             optimizer.step()
@@ -308,8 +308,8 @@ def measure_step(
     }
     seconds = seconds_of({"teacher forward": lambda: teacher(images), **tasks}, settings)
     peaks = {name: peak_bytes(task, settings.device) for name, task in tasks.items()}
-    of_student.remove()
-    of_teacher.remove()
+    student_hooks.remove()
+    teacher_hooks.remove()
     return {
         "seconds": {name: median(values) for name, values in seconds.items()},
         **{

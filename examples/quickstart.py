@@ -124,12 +124,12 @@ def train_heads(
     transfer = GraphTransferLoss(CHANNELS, config.num_heads, squash=squash, k=k)
     optimizer, schedule = sgd(transfer.parameters(), config.teacher_rate, config.head_steps)
     stream = batches(train, seed)
-    with FeatureHooks(teacher, SENSING_POINTS) as of_teacher:
+    with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
         for _ in tqdm(range(config.head_steps), "attention heads", leave=False):
             images, _labels = next(stream)
             teacher(images)
             optimizer.zero_grad()
-            transfer.estimator_loss(of_teacher.features).backward()
+            transfer.estimator_loss(teacher_hooks.features).backward()
             optimizer.step()
             schedule.step()
     return transfer
@@ -166,8 +166,8 @@ def train_student(
     inner, schedule = sgd(params, config.student_rate, config.student_steps)
     optimizer = GatedGradClip(inner, bound=config.bound, **gate)
     labelled, unlabelled = batches(few, seed), batches(train, seed)
-    of_student = FeatureHooks(student, SENSING_POINTS)
-    of_teacher = FeatureHooks(teacher, SENSING_POINTS)
+    student_hooks = FeatureHooks(student, SENSING_POINTS)
+    teacher_hooks = FeatureHooks(teacher, SENSING_POINTS)
     for _ in tqdm(range(config.student_steps), method, leave=False):
         (known, labels), (unknown, _labels) = next(labelled), next(unlabelled)
         images = torch.cat([known, unknown])
@@ -175,8 +175,8 @@ def train_student(
         task = F.cross_entropy(logits[: len(labels)], labels)
         optimizer.zero_grad()
         if method.startswith("MHGD"):
-            graph_loss = transfer(of_student.features, of_teacher.features)
-            optimizer.backward(task, graph_loss)  # two gradients; the gate limits the second
+            transfer_loss = transfer(student_hooks.features, teacher_hooks.features)
+            optimizer.backward(task, transfer_loss)  # two gradients; the gate limits the second
         elif method == "soft logits":
             soft = common.soft_logits(logits, targets, config.temperature)
             optimizer.backward(task + config.soft_weight * config.temperature**2 * soft)
@@ -184,8 +184,8 @@ def train_student(
             optimizer.backward(task)
         optimizer.step()
         schedule.step()
-    of_student.remove()
-    of_teacher.remove()
+    student_hooks.remove()
+    teacher_hooks.remove()
     return student.eval()
 
 

@@ -6,8 +6,8 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
     python examples/tinyimagenet_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
         --student-share 0.1
 
-Everything is as in `cifar100_vgg.py` but the images, 64×64 pixels, and one
-pooling more in the networks. Accuracy is measured on the labelled validation images.
+Everything is as in `cifar100_vgg.py` but the images, 64×64 pixels, and one pooling more in the
+networks. Accuracy is measured on the labelled validation images, which nothing else uses.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# What is done to the graphs' logits: nothing in the poster, tanh in the authors' program. Methods
-# that are not listed divide them by the square root of the attention heads' width ("scaled").
+# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods that are
+# not here take "scaled", the README's recommendation.
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
@@ -44,18 +44,18 @@ class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
     data_name: str | None = "Tiny ImageNet"  # name of the data in records
-    method: tuple[Method, ...] = ("student", "mhgd")  # students to train: alone, and by MHGD
+    method: tuple[Method, ...] = ("student", "mhgd")  # students to train; "student": no teacher
     epochs: int = 100  # epochs of each student
-    teacher_epochs: int | None = None  # of the teacher; 0: untrained; None: `epochs`
-    first_epochs: int = 40  # epochs of the attention heads, on the student's images
-    learning_rate: float = 0.1  # first learning rate
+    teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
+    first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
+    learning_rate: float = 0.1  # first learning rate; that of the heads stays
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor on the student's channels
-    student_share: float = 1.0  # share of the teacher's images for students and heads
+    student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer gradient, as a multiple of the task gradient
-    soft_share: float = 0.3  # weight of the soft logits in the task loss
+    bound: float = 1.0  # largest transfer gradient / task gradient; own heads: try 3
+    soft_share: float = 0.3  # weight of the soft logits in the task loss; own heads: try 0.8
 
 
 def load(settings: Settings) -> Data:
@@ -64,7 +64,7 @@ def load(settings: Settings) -> Data:
 
 
 def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
-    """Return new teacher and student; for one seed every student starts with the same weights."""
+    """Return new teacher and student; the seed decides their weights."""
     torch.manual_seed(settings.seed)
     teacher = build("VGG16", data.classes, settings.width, image_size=64)
     torch.manual_seed(settings.seed)
@@ -74,10 +74,7 @@ def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
 
 
 def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
-    """Return SGD in the wrapper that adds a second, gated gradient.
-
-    With one loss it is SGD alone. Among several processes it also averages the gradients.
-    """
+    """Return SGD with a gate for the gradient of a second loss; with one loss it is plain SGD."""
     sgd = SGD(params, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     group = common.process_group()
     return GatedGradClip(sgd, settings.gate, bound=settings.bound, process_group=group)
@@ -86,13 +83,13 @@ def gated_sgd(params: Iterable[Parameter], settings: Settings) -> GatedGradClip:
 def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
-    """Train the teacher, or a student without a teacher, on the task; return the record."""
+    """Train the teacher, or a student without one, on the task alone; return the record."""
     epochs = settings.epochs
     if method == "teacher" and settings.teacher_epochs is not None:
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})
+    run = Run(settings, data, method, **{method: network.name})  # saves every epoch, and resumes
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
@@ -113,21 +110,21 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # Heads train on plain logits: `squash` concerns the transfer loss alone.
+    # This loss trains the heads alone. `squash` is of the transfer loss, so it has no part here.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
-    # The authors' decay of the heads is 5e-4 |w|² without the usual half, hence twice 5e-4.
+    # The authors' decay of the heads is 5e-4 |w|² without torch's factor of a half.
     decay, rate = 2 * 5e-4, settings.learning_rate
     optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
-    with FeatureHooks(teacher, SENSING_POINTS) as of_teacher:
+    with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):
                 with settings.autocast(), torch.no_grad():
                     teacher(images)
-                loss = transfer.estimator_loss(of_teacher.features)
+                loss = transfer.estimator_loss(teacher_hooks.features)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -145,11 +142,10 @@ def train_student(
     data: Data,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Train the student on the task and, with a gated gradient, towards the teacher's graphs.
+    """Train the student on the task and on the teacher's graphs; return the record.
 
-    ``method`` is a form of MHGD. The graphs' logits are plain in "mhgd" (the poster's) and squashed
-    in "mhgd-tanh" (the authors' program's). The other names say what is added: scaled logits, own
-    heads (scaled too), soft logits.
+    ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
+    part of the task loss; `SQUASH` says what is done to attention logits.
     """
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
@@ -159,37 +155,37 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads  # trained before; this loss sends them no gradient
+    transfer.estimators = heads  # of `train_heads`; the transfer loss does not train them
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}
     parts |= {"optimizer": optimizer, "schedule": schedule}
     run = Run(settings, data, method, teacher=teacher.name, student=student.name)
     teacher.eval().requires_grad_(False)
-    of_student = FeatureHooks(student, SENSING_POINTS)
-    of_teacher = FeatureHooks(teacher, SENSING_POINTS)
+    student_hooks = FeatureHooks(student, SENSING_POINTS)
+    teacher_hooks = FeatureHooks(teacher, SENSING_POINTS)
     for epoch in run.epochs("student", settings.epochs, **parts):
         student.train()
-        optimizer.bound = settings.bound / (1 + exp(-epoch))  # from half the bound to the bound
+        optimizer.bound = settings.bound / (1 + exp(-epoch))  # 0.5, 0.73, 0.88, … of it
         losses = []
         for images, labels in data.batches(run.order):
             with settings.autocast():
                 logits = student(images).float()
                 with torch.no_grad():
-                    targets = teacher(images).float()
-            task = finite(F.cross_entropy(logits, labels))  # an error if the loss is not finite
+                    teacher_logits = teacher(images).float()
+            task = finite(F.cross_entropy(logits, labels))  # an error if it has diverged
             if "soft-logits" in method:
-                soft = common.soft_logits(logits, targets)
+                soft = common.soft_logits(logits, teacher_logits)
                 task = (1 - settings.soft_share) * task + settings.soft_share * soft
-            graph_loss = transfer(of_student.features, of_teacher.features)
+            transfer_loss = transfer(student_hooks.features, teacher_hooks.features)
             optimizer.zero_grad()
-            optimizer.backward(task, graph_loss)  # two gradients; the gate limits the second
+            optimizer.backward(task, transfer_loss)  # two gradients; the gate limits the second
             optimizer.step()
-            losses.append([task.detach(), graph_loss.detach()])
+            losses.append([task.detach(), transfer_loss.detach()])
         run.log(losses, test_accuracy=common.accuracy(student, data, settings))
         schedule.step()
-    of_student.remove()
-    of_teacher.remove()
+    student_hooks.remove()
+    teacher_hooks.remove()
     return run.finish()
 
 
@@ -204,7 +200,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # loaded if trained
+            heads = train_heads(teacher, student_data, settings)  # trained once
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

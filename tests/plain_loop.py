@@ -20,10 +20,10 @@ def loader(batch=BATCH):
     return DataLoader(TensorDataset(images, labels), batch_size=batch, drop_last=True)
 
 
-def pair(make, of_student, of_teacher):
+def pair(make, for_student, for_teacher):
     """Return a student and a teacher, the same at every call."""
     torch.manual_seed(1)
-    return make(of_student), make(of_teacher)
+    return make(for_student), make(for_teacher)
 
 
 def train_heads(transfer, teacher, points):
@@ -33,11 +33,11 @@ def train_heads(transfer, teacher, points):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1)
-    with FeatureHooks(teacher, points) as of_teacher:
+    with FeatureHooks(teacher, points) as teacher_hooks:
         for images, _ in loader():
             teacher(images)
             heads.zero_grad()
-            transfer.estimator_loss(of_teacher.features).backward()
+            transfer.estimator_loss(teacher_hooks.features).backward()
             heads.step()
 
 
@@ -47,7 +47,7 @@ def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.n
     Gradients of two batches are accumulated and clipped; the rate falls as a cosine.
     """
     teacher.eval().requires_grad_(False)
-    of_student, of_teacher = FeatureHooks(student, points), FeatureHooks(teacher, points)
+    student_hooks, teacher_hooks = FeatureHooks(student, points), FeatureHooks(teacher, points)
     trained = [*student.parameters(), *transfer.student_heads.parameters()]
     optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.1, momentum=0.9))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
@@ -56,7 +56,7 @@ def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.n
             with autocast():
                 task = F.cross_entropy(student(images), labels)
                 teacher(images)
-                loss = transfer(of_student.features, of_teacher.features)
+                loss = transfer(student_hooks.features, teacher_hooks.features)
             optimizer.backward(task / ACCUMULATE, loss / ACCUMULATE)
             if index % ACCUMULATE == ACCUMULATE - 1:
                 torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)

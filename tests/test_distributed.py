@@ -69,7 +69,7 @@ def train(group, *, ddp=False, calls=1, training=True, deficient=False, **settin
     loss = GraphTransferLoss(TEACHER, 3, process_group=group, **settings).double()
     if ddp and group is not None:
         student = DistributedDataParallel(student, process_group=group)
-    of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+    student_hooks, teacher_hooks = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     size, generator = 2 if deficient else 6, torch.Generator().manual_seed(4)
     images = torch.randn(STEPS, BATCH, 3, size, size, generator=generator, dtype=torch.float64)
     labels = torch.randint(4, (STEPS, BATCH), generator=generator)
@@ -79,7 +79,7 @@ def train(group, *, ddp=False, calls=1, training=True, deficient=False, **settin
     for step in range(3):
         teacher(images[step, mine])
         heads.zero_grad()
-        loss.estimator_loss(of_teacher).backward()
+        loss.estimator_loss(teacher_hooks).backward()
         heads.step()
 
     losses = []
@@ -93,11 +93,11 @@ def train(group, *, ddp=False, calls=1, training=True, deficient=False, **settin
             # Without DDP there is nothing to switch off.
             with getattr(student, "no_sync", torch.enable_grad)():
                 task = nn.functional.cross_entropy(student(images[step, mine]), labels[step, mine])
-                transfer = loss(of_student, of_teacher)
+                transfer = loss(student_hooks, teacher_hooks)
                 optimizer.backward(task, transfer)
             losses.append(torch.stack([task, transfer]).detach())
         optimizer.step()
-    graphs = loss.graphs(of_student.features, align_to=of_teacher.features)
+    graphs = loss.graphs(student_hooks.features, align_to=teacher_hooks.features)
     parameters = [p.detach().clone() for m in (student, loss) for p in m.parameters()]
     return parameters, list(loss.buffers()), torch.stack(losses), torch.cat(graphs)
 

@@ -65,11 +65,11 @@ def train_heads(transfer, teacher, name):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1)
-    with FeatureHooks(teacher, MODELS[name][2]) as of_teacher:
+    with FeatureHooks(teacher, MODELS[name][2]) as teacher_hooks:
         for batch in batches(name):
             teacher(**batch)
             heads.zero_grad()
-            transfer.estimator_loss(maps(of_teacher, batch)).backward()
+            transfer.estimator_loss(maps(teacher_hooks, batch)).backward()
             heads.step()
 
 
@@ -79,7 +79,7 @@ def plain(name):
     student, teacher = pair(name)
     transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3)
     train_heads(transfer, teacher, name)
-    of_student, of_teacher = FeatureHooks(student, layers), FeatureHooks(teacher, layers)
+    student_hooks, teacher_hooks = FeatureHooks(student, layers), FeatureHooks(teacher, layers)
     groups = [
         {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in student.parameters() if p.ndim == 1]},  # biases and norms
@@ -93,7 +93,7 @@ def plain(name):
     for index, batch in enumerate(batches(name)):
         task = student(**batch).loss
         teacher(**batch)
-        loss = transfer(maps(of_student, batch), maps(of_teacher, batch))
+        loss = transfer(maps(student_hooks, batch), maps(teacher_hooks, batch))
         optimizer.backward(task / ACCUMULATE, loss / ACCUMULATE)
         if index % ACCUMULATE == ACCUMULATE - 1:
             nn.utils.clip_grad_norm_(student.parameters(), 0.5)
@@ -173,7 +173,7 @@ def test_heads_are_trained_on_the_teacher_alone(tmp_path):
 
 def test_more_padding_changes_nothing():
     student, teacher = pair("bert")
-    of_student, of_teacher = (FeatureHooks(m, MODELS["bert"][2]) for m in (student, teacher))
+    student_hooks, teacher_hooks = (FeatureHooks(m, MODELS["bert"][2]) for m in (student, teacher))
     transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3)
     losses = []
     batch = next(iter(batches("bert")))
@@ -183,7 +183,7 @@ def test_more_padding_changes_nothing():
             model(**padded)
         mask = padded["attention_mask"]
         losses.append(
-            transfer(recipe.features(of_student, mask), recipe.features(of_teacher, mask))
+            transfer(recipe.features(student_hooks, mask), recipe.features(teacher_hooks, mask))
         )
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
 

@@ -41,7 +41,7 @@ def train(
     epochs: int,
 ) -> None:
     teacher.to(accelerator.device).eval().requires_grad_(False)
-    of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+    student_hooks, teacher_hooks = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     group = dist.group.WORLD  # None in a single process
     transfer = GraphTransferLoss(TEACHER, student_channels=STUDENT, process_group=group)
     transfer.to(accelerator.device)
@@ -59,7 +59,7 @@ def train(
     if first:
         accelerator.load_state(str(folder / f"epoch_{first - 1}"))
     else:
-        train_heads(transfer, teacher, of_teacher, loader)
+        train_heads(transfer, teacher, teacher_hooks, loader)
 
     for epoch in range(first, epochs):
         for images, labels in loader:
@@ -68,7 +68,7 @@ def train(
                 with accelerator.autocast():
                     task = F.cross_entropy(student(images), labels)
                     teacher(images)
-                loss = transfer(of_student.features, of_teacher.features)
+                loss = transfer(student_hooks.features, teacher_hooks.features)
                 losses = [x / accelerator.gradient_accumulation_steps for x in (task, loss)]
                 gated.backward(*(losses if scaler is None else map(scaler.scale, losses)))
                 if accelerator.sync_gradients:

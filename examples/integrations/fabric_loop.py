@@ -40,7 +40,7 @@ def train(
     # takes one loss. Autocast is called below, and the process group replaces DDP.
     student.to(fabric.device)
     teacher.to(fabric.device).eval().requires_grad_(False)
-    of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+    student_hooks, teacher_hooks = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     group = dist.group.WORLD  # None in a single process
     transfer = GraphTransferLoss(CHANNELS, process_group=group).to(fabric.device)
 
@@ -54,14 +54,14 @@ def train(
     if (folder / "last.ckpt").exists():
         fabric.load(folder / "last.ckpt", state)
     else:
-        train_heads(transfer, teacher, of_teacher, loader)
+        train_heads(transfer, teacher, teacher_hooks, loader)
 
     for epoch in range(state["epoch"], epochs):
         for index, (images, labels) in enumerate(loader):
             with fabric.autocast():
                 task = F.cross_entropy(student(images), labels)
                 teacher(images)
-                loss = transfer(of_student.features, of_teacher.features)
+                loss = transfer(student_hooks.features, teacher_hooks.features)
             losses = [task / ACCUMULATE, loss / ACCUMULATE]
             optimizer.backward(*(losses if scaler is None else map(scaler.scale, losses)))
             if (index + 1) % ACCUMULATE == 0:

@@ -34,8 +34,8 @@ class DistillationTrainer(Trainer):
     def __init__(self, model: Any, teacher: Any, layers: list[str], **settings: Any) -> None:
         super().__init__(model, **settings)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        self.of_student = FeatureHooks(model, layers)
-        self.of_teacher = FeatureHooks(teacher, layers)
+        self.student_hooks = FeatureHooks(model, layers)
+        self.teacher_hooks = FeatureHooks(teacher, layers)
         self.transfer = GraphTransferLoss(
             [teacher.config.hidden_size] * len(layers),
             student_channels=[model.config.hidden_size] * len(layers),
@@ -60,7 +60,9 @@ class DistillationTrainer(Trainer):
             task: Tensor = model(**inputs).loss
             self.teacher(**inputs)
             mask = inputs.get("attention_mask")
-            loss = self.transfer(features(self.of_student, mask), features(self.of_teacher, mask))
+            loss = self.transfer(
+                features(self.student_hooks, mask), features(self.teacher_hooks, mask)
+            )
         losses = [x / self.current_gradient_accumulation_steps for x in (task, loss)]
         if self.accelerator.scaler is not None:  # with fp16=True
             losses = [self.accelerator.scaler.scale(x) for x in losses]
@@ -74,7 +76,7 @@ class DistillationTrainer(Trainer):
         for inputs in self.get_train_dataloader():
             inputs = self._prepare_inputs(inputs)
             self.teacher(**inputs)
-            maps = features(self.of_teacher, inputs.get("attention_mask"))
+            maps = features(self.teacher_hooks, inputs.get("attention_mask"))
             heads.zero_grad()
             self.transfer.estimator_loss(maps).backward()
             heads.step()

@@ -34,7 +34,7 @@ def network(kernel: int) -> nn.Sequential:
 
 def train(student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epochs: int) -> Engine:
     teacher.eval().requires_grad_(False)
-    of_student, of_teacher = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
+    student_hooks, teacher_hooks = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     transfer = GraphTransferLoss(CHANNELS)
     inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     optimizer = GatedGradClip(inner)
@@ -44,7 +44,7 @@ def train(student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epo
         images, labels = batch
         task = F.cross_entropy(student(images), labels)
         teacher(images)
-        loss = transfer(of_student.features, of_teacher.features)
+        loss = transfer(student_hooks.features, teacher_hooks.features)
         optimizer.backward(task / ACCUMULATE, loss / ACCUMULATE)
         if engine.state.iteration % ACCUMULATE == 0:
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -65,7 +65,7 @@ def train(student: nn.Module, teacher: nn.Module, loader: Any, folder: Path, epo
     if (folder / "last.pt").exists():
         Checkpoint.load_objects(state, folder / "last.pt")
     else:
-        train_heads(transfer, teacher, of_teacher, loader)
+        train_heads(transfer, teacher, teacher_hooks, loader)
     trainer.run(loader, max_epochs=epochs)
     return trainer
 

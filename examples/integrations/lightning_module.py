@@ -34,11 +34,11 @@ def network(kernel: int) -> nn.Sequential:
 def train_heads(transfer: GraphTransferLoss, teacher: nn.Module, batches: Iterable[Any]) -> None:
     """Train the attention heads on the frozen teacher; with real data, until convergence."""
     optimizer = torch.optim.SGD(transfer.parameters(), lr=0.1, momentum=0.9)
-    with FeatureHooks(teacher, POINTS) as of_teacher:
+    with FeatureHooks(teacher, POINTS) as teacher_hooks:
         for images, _ in batches:
             teacher(images)
             optimizer.zero_grad()
-            transfer.estimator_loss(of_teacher.features).backward()
+            transfer.estimator_loss(teacher_hooks.features).backward()
             optimizer.step()
 
 
@@ -54,8 +54,8 @@ class Distillation(L.LightningModule):
         self.student = network(kernel=3)
         self.teacher = teacher.eval().requires_grad_(False)
         self.transfer = transfer  # a submodule, so that every checkpoint has the trained heads
-        self.of_student = FeatureHooks(self.student, POINTS)
-        self.of_teacher = FeatureHooks(self.teacher, POINTS)
+        self.student_hooks = FeatureHooks(self.student, POINTS)
+        self.teacher_hooks = FeatureHooks(self.teacher, POINTS)
 
     def configure_optimizers(self) -> Any:
         group = dist.group.WORLD  # None in a single process
@@ -69,7 +69,7 @@ class Distillation(L.LightningModule):
         images, labels = batch
         task = F.cross_entropy(self.student(images), labels)
         self.teacher(images)
-        return task, self.transfer(self.of_student.features, self.of_teacher.features)
+        return task, self.transfer(self.student_hooks.features, self.teacher_hooks.features)
 
     def training_step(self, batch: Any, index: int) -> Any:
         optimizer: Any = self.optimizers()
