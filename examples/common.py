@@ -102,8 +102,8 @@ class Settings:
         ]
         if shared and vars(self)["student_width"] != 1:
             raise ValueError(
-                f"`--student-width` must be 1 for `--method {shared[0]}`, which shares the "
-                "teacher's attention heads. Take `--method student mhgd-own-heads`."
+                f"`--student-width` must be 1 for the method {shared[0]}, which shares the "
+                "teacher's attention heads. Take the methods student and mhgd-own-heads."
             )
         gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.device == "cuda" and gpus < local:
@@ -411,7 +411,7 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
         images = [torch.stack([decoded(file) for file in tqdm(split)]) for split in splits]
         save_atomically(kept, {"images": images})
     sum_over_processes(torch.zeros(1))  # the other processes wait here
-    images = read_tensors(kept, "to decode the images again")["images"]
+    images = read_tensors(kept, "images", "to decode the images again")["images"]
     labels = [torch.tensor(list(split.values())) for split in splits]
     train, val = map(ImageSet, images, labels)
     return train, val
@@ -520,7 +520,7 @@ class Run:
         read_runs(self.records)  # an error comes before the training
         self.saved: dict[str, Any] = {"phase": None}
         if self.file.exists():
-            self.saved = read_tensors(self.file, "to train it again")
+            self.saved = read_tensors(self.file, "record", "to train it again")
         new = {"settings": cell, "versions": versions(settings.device), "phases": {}, "seconds": {}}
         self.record: dict[str, Any] = self.saved.get("record", new)
 
@@ -602,10 +602,11 @@ def save_atomically(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def read_tensors(path: Path, purpose: str) -> dict[str, Any]:
-    """Return what `save_atomically` wrote, on the CPU."""
+def read_tensors(path: Path, needed: str, purpose: str) -> dict[str, Any]:
+    """Return what `save_atomically` wrote, on the CPU; it has a needed key."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content[needed]
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
             f"`{path}` must be a file of these scripts; got {type(error).__name__}. "

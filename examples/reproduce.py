@@ -94,7 +94,7 @@ def cells(settings: Settings) -> Iterator[tuple[Row, str, Settings]]:
                     data_name=settings.data_name or of_script,
                 )
                 for method in ("teacher", *methods):
-                    yield row, method, of_cell
+                    yield row, method, replace(of_cell, method=(method,))  # type: ignore[arg-type] # or a baseline
 
 
 @lru_cache(maxsize=1)
@@ -114,7 +114,7 @@ def new_network(name: str, width: float, data: Data, settings: Settings) -> Netw
 def train_cell(row: Row, method: str, settings: Settings) -> None:
     """Train a cell, and before it what it needs, where that is not done."""
     script = import_module(row.script)
-    data = loaded(row.script, replace(settings, seed=0, num_heads=1, data_name=None))
+    data = loaded(row.script, replace(settings, seed=0, method=(), num_heads=1, data_name=None))
     alone = replace(settings, teacher_seed=None)
     seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     of_teacher = replace(alone, seed=seed)
@@ -142,7 +142,7 @@ def main(settings: Settings) -> None:
         return
     torch.backends.cudnn.benchmark = True
     file, diverged = settings.out / "records.jsonl", dict[str, DivergedError]()
-    for row, method, of_cell in cells(settings):
+    for row, method, of_cell in [*cells(settings)]:  # an error comes before the training
         name, teacher = (
             f"{row.script}, {row.title}, {m}, seed {of_cell.seed}" for m in (method, "teacher")
         )

@@ -1,5 +1,6 @@
 """Data, augmentation, records and settings of the examples: what is read, drawn and refused."""
 
+import io
 import pickle
 from functools import partial
 from itertools import product
@@ -195,9 +196,12 @@ def test_tiny_imagenet_is_read_class_by_class_and_decoded_once(tmp_path, monkeyp
             assert [*zip(part.labels.tolist(), levels, strict=True)] == wanted[split]
         monkeypatch.setattr(common, "decoded", None)  # the second time nothing is decoded
     (kept,) = common.CACHE.iterdir()
-    kept.write_bytes(kept.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"must be a file of these scripts; .*Delete it to decode"):
-        common.read_tinyimagenet(tmp_path)
+    foreign = io.BytesIO()
+    torch.save({}, foreign)
+    for damaged in (kept.read_bytes()[:-50], foreign.getvalue()):
+        kept.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"must be a file of these scripts; .*Delete it to de"):
+            common.read_tinyimagenet(tmp_path)
 
 
 def pickled(**entries):
