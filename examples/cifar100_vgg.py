@@ -3,7 +3,7 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
     python examples/cifar100_vgg.py --out runs/vgg
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --classes 20 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
-    torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/vgg
+    torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
     python examples/cifar100_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
         --student-share 0.1
 
@@ -13,7 +13,7 @@ momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30,
 epochs. Before the student, the attention heads train for 40 epochs.
 
 The second command is small enough for two CPU cores; the third splits every batch over two
-processes; the fourth is what the README recommends for few labels: attention heads of the
+processes; the fourth is what the README recommends for few images: attention heads of the
 student's own. To continue a run, give the same command again.
 """
 
@@ -40,8 +40,8 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods that are
-# not here take "scaled", the README's recommendation.
+# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods not in
+# this dict take "scaled", the README's recommendation.
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
@@ -55,14 +55,14 @@ class Settings(common.Settings):
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # first learning rate; that of the heads stays
+    learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor on the student's channels
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer gradient / task gradient; own heads: try 3
-    soft_share: float = 0.3  # weight of the soft logits in the task loss; own heads: try 0.8
+    bound: float = 1.0  # largest transfer gradient / task gradient; try 3 for own heads
+    soft_share: float = 0.3  # weight of the soft logits in the task loss; try 0.8 for own heads
 
 
 def load(settings: Settings) -> Data:
@@ -117,7 +117,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # This loss trains the heads alone. `squash` is of the transfer loss, so it has no part here.
+    # Only `estimator_loss` is used here; `squash` acts on the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors' decay of the heads is 5e-4 |w|² without torch's factor of a half.
@@ -207,7 +207,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once
+            heads = train_heads(teacher, student_data, settings)  # or loads them
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

@@ -32,8 +32,8 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods that are
-# not here take "scaled", the README's recommendation.
+# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods not in
+# this dict take "scaled", the README's recommendation.
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
@@ -47,14 +47,14 @@ class Settings(common.Settings):
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # first learning rate; that of the heads stays
+    learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor on the student's channels
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer gradient / task gradient; own heads: try 3
-    soft_share: float = 0.3  # weight of the soft logits in the task loss; own heads: try 0.8
+    bound: float = 1.0  # largest transfer gradient / task gradient; try 3 for own heads
+    soft_share: float = 0.3  # weight of the soft logits in the task loss; try 0.8 for own heads
 
 
 def load(settings: Settings) -> Data:
@@ -109,7 +109,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # This loss trains the heads alone. `squash` is of the transfer loss, so it has no part here.
+    # Only `estimator_loss` is used here; `squash` acts on the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors' decay of the heads is 5e-4 |w|² without torch's factor of a half.
@@ -199,7 +199,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once
+            heads = train_heads(teacher, student_data, settings)  # or loads them
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
