@@ -55,8 +55,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer gradient / task gradient; try 3 for own heads
-    soft_share: float = 0.3  # weight of the soft logits in the task loss; try 0.8 for own heads
+    bound: float = 1.0  # norm of the transfer gradient, in norms of the task gradient
+    soft_share: float = 0.3  # weight of the soft logits in the task loss
 
 
 def load(settings: Settings) -> Data:
@@ -114,7 +114,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     # Only `estimator_loss` is used here; `squash` acts on the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
-    # The authors' decay of the heads is 5e-4 |w|² without torch's factor of a half.
+    # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
     decay, rate = 2 * 5e-4, settings.learning_rate
     optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)
@@ -201,7 +201,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # or loads them
+            heads = train_heads(teacher, student_data, settings)  # trained once, then read
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
