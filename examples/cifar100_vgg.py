@@ -61,7 +61,7 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # norm of the transfer gradient, in norms of the task gradient
+    bound: float = 1.0  # largest ratio of the norms of transfer and task gradient
     soft_share: float = 0.3  # weight of the soft logits in the task loss
 
 
