@@ -13,8 +13,8 @@ momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30,
 epochs. Before the student, the attention heads train for 40 epochs.
 
 The second command is small enough for two CPU cores; the third splits every batch over two
-processes; the fourth is what the README recommends for few images: attention heads of the
-student's own. To continue a run, give the same command again.
+processes; the fourth gives the students a tenth of the images, and attention heads of their
+own. To continue a run, give the same command again.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest ratio of the norms of transfer and task gradient
-    soft_share: float = 0.3  # weight of the soft logits in the task loss
+    bound: float = 1.0  # largest ratio of transfer and task norms; own heads: 3
+    soft_share: float = 0.3  # weight of the soft logits in the task loss; VGG: 0.8
 
 
 def load(settings: Settings) -> Data:
@@ -207,7 +207,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once, then read
+            heads = train_heads(teacher, student_data, settings)  # later methods load them
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

@@ -112,7 +112,7 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     check_told(
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
         "own heads gain {:.1f}, soft logits {:.1f}, AB {:.1f}.".format(*second),
-        f"With an untrained one they lose {-untrained} points.",
+        f"With an untrained teacher own heads lose {-untrained}.",
         f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180, AB "
         f"{longer_ab:.1f}, own heads {longer:.1f}.",
         f"Soft logits alone lose {-less:.0f} points with a weight of 0.3, and {-more:.0f} with 0.8",
@@ -130,10 +130,10 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        "they gained {:.0f} to {:.0f} points on the VGG, ".format(*gains)
-        + "{:.0f} to {:.0f} more than own heads ".format(*ahead)
-        + f"(AB and KD-SVDF gained {others}), and nothing on the WRN; with all images of these "
-        + f"classes 0 (VGG), {mean('wrn', 'gain', 'mhgd'):.0f} (WRN).",
+        "VGG {:.0f} to {:.0f} points ".format(*gains)
+        + "(own heads {:.0f} to {:.0f} less, ".format(*ahead)
+        + f"AB and KD-SVDF {others}), WRN 0; with all images of these classes VGG 0, "
+        + f"WRN {mean('wrn', 'gain', 'mhgd'):.0f}.",
     )
 
 
