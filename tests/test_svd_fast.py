@@ -192,6 +192,18 @@ def test_two_filters_suffice_for_what_stands_off_by_a_few_per_cent():
     assert check_against_float64(evenly, 4, capturable=True).sum() <= 8
 
 
+@pytest.mark.parametrize(("values", "known"), [([1.0, 0.9, 0.03], 2), ([1.0, 0.3, 0.09, 0.027], 3)])
+def test_a_vector_that_two_filters_do_not_find_is_called_null(values, known):
+    """Else rounding, here the order of the positions, decides which one the loss gets."""
+    rows = with_values(values + [1e-3] * 9, 100, 48, count=8)
+    orders = [torch.arange(100), torch.randperm(100)]
+    a, b = (top_of(rows[:, order], 4, capturable=True) for order in orders)
+    assert a.doubtful.all()
+    assert torch.equal(a.null, b.null)
+    assert torch.equal(a.null, (torch.arange(4) >= known).expand(8, 4))
+    torch.testing.assert_close(a.all[~a.null], b.all[~b.null], rtol=0, atol=1e-3)
+
+
 @forms
 @pytest.mark.parametrize("shape", [(64, 32), (6, 40)])
 def test_vectors_of_value_zero_are_called_null(shape, capturable):

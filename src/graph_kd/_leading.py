@@ -34,6 +34,7 @@ DIRECT = 16  # rows of the largest Gram matrix that is decomposed whole: that is
 DEGREE, MOST = 10, 24  # of a filter: of the fixed form, and at most on the CPU
 FILTERS, FILTERS_CPU = 2, 5  # of the fixed form, and at most on the CPU after the first one
 TOLERANCE = 3e-4  # radian, angle to the leading subspace; a gradient's error is 2.5 times that
+LOST = 1e-2  # radian; beyond, a vector is as arbitrary as one of value zero
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
 CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative needs float64
 SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram diagonal: its rounding errors squared fit float32
@@ -80,18 +81,18 @@ def fast_vectors(
     found = _together(searches, _jacobi if capturable else torch.linalg.eigh)
     for group, answer in zip(groups.values(), found, strict=True):
         parts = (torch.split(tensor, [len(maps[i]) for i in group]) for tensor in answer)
-        for i, vectors, values, doubtful in zip(group, *parts, strict=True):
+        for i, vectors, values, null, doubtful in zip(group, *parts, strict=True):
             k, matrix = counts[i], matrices[i]
-            null = values[:, :k] <= ROUNDING * values[:, :1]
             right = vectors[:, :k, : sides[i].shape[1]]
-            length = torch.ones_like(null, dtype=right.dtype)
+            length = torch.ones_like(values[:, :k])
             if matrix.shape[1] < matrix.shape[2]:
                 right = right @ matrix  # Mᵀu = σv
                 length = torch.linalg.vector_norm(right, dim=-1).clamp_min(TINY)
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
-            own = (values[:, :k].clone(), grams[i], doubtful.clone())  # operators return no views
-            results[i] = (right, null, *own)
+            # Operators return no views.
+            parts_of_i = (null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful.clone())
+            results[i] = (right, *parts_of_i)
     return results
 
 
@@ -158,7 +159,7 @@ class _Ritz(NamedTuple):
     images: Tensor
 
 
-Search = Generator[Tensor, list[Tensor], tuple[Tensor, Tensor, Tensor]]
+Search = Generator[Tensor, list[Tensor], tuple[Tensor, ...]]
 Step = Generator[Tensor, list[Tensor], _Ritz]
 
 
@@ -183,7 +184,8 @@ def _together(searches: list[Search], eigh: Callable[..., Any]) -> list[Any]:
 def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: bool) -> Search:
     """Find the ``kept`` leading eigenvectors, of which those up to ``last``, ``n 1``, are wanted.
 
-    Return vectors, values, and which samples float32 is not accurate for, ``n``.
+    Return vectors, values, which vectors are arbitrary, ``n p``, and which samples float32 is not
+    accurate for, ``n``.
     """
     peak = gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     outside = ~((peak >= SMALLEST) & (peak <= LARGEST))  # NaN is outside too
@@ -203,13 +205,14 @@ def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: b
                 ritz = yield from _ritz(gram, block, sides if i == FILTERS - 1 else None)
         else:
             ritz = yield from _until_converged(gram, block, last)
-    angle = _angle(ritz, last)
+    angles = _angles(ritz, last)
     if not fixed and bool((ritz.values[:, :1] > STEEP * ritz.values.gather(1, last)).any()):
         ritz = yield from _ritz(gram, ritz.vectors, sides)
     close = ritz.values[:, 1:] >= (1 - CLOSE) * ritz.values[:, :-1]
     close &= torch.arange(kept - 1, device=last.device) <= last
-    doubtful = outside | close.any(dim=1) | (angle > TOLERANCE)
-    return ritz.vectors, ritz.values, doubtful
+    doubtful = outside | close.any(dim=1) | (angles.amax(dim=1) > TOLERANCE)
+    null = (ritz.values <= ROUNDING * ritz.values[:, :1]) | (angles > LOST)
+    return ritz.vectors, ritz.values, null, doubtful
 
 
 def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
@@ -229,7 +232,7 @@ def _until_converged(gram: Tensor, block: Tensor, last: Tensor) -> Step:
     block = _filter(gram, _Ritz(top.expand_as(lengths), block, images), edge, degree)
     ritz = yield from _ritz(gram, _orthonormal(block))
     for _ in range(FILTERS_CPU):
-        angle = _angle(ritz, last)
+        angle = _angles(ritz, last).amax(dim=1)
         rest = ((angle > TOLERANCE) & angle.isfinite()).nonzero()[:, 0]
         if not len(rest):
             break
@@ -272,8 +275,8 @@ def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) 
     return _Ritz(values, rotation @ rows, rotation @ images)
 
 
-def _angle(ritz: _Ritz, last: Tensor) -> Tensor:
-    """Bound the angle, in radian, between the wanted vectors and the leading subspace, ``n``.
+def _angles(ritz: _Ritz, last: Tensor) -> Tensor:
+    """Bound the angle, in radian, between each wanted vector and the leading subspace, ``n p``.
 
     It is at most the residual over the gap to what lies outside the subspace. Where float32 does
     not resolve that gap the bound is infinite.
@@ -281,17 +284,15 @@ def _angle(ritz: _Ritz, last: Tensor) -> Tensor:
     values, vectors, images = ritz
     whole = vectors.shape[1] == vectors.shape[2]  # nothing lies outside
     gap = values if whole else values - values[:, -1:]
-    resolved = TOLERANCE * gap.gather(1, last) > ROUNDING * values[:, :1]
+    resolved = TOLERANCE * gap > ROUNDING * values[:, :1]
+    wanted = torch.arange(values.shape[1], device=last.device) <= last
     if whole:
-        angle = torch.zeros_like(values)
-    else:
-        residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
-        residual = torch.linalg.vector_norm(residual, dim=-1)
-        wanted = torch.arange(values.shape[1], device=last.device) <= last
-        # A larger value may hide in an unwanted vector, at most its residual above that one's.
-        hides = values + residual > values.gather(1, last)
-        angle = torch.where(wanted, residual / gap, hides.float())
-    return torch.where(resolved, angle, torch.inf).amax(dim=1)
+        return torch.where(resolved | ~wanted, 0.0, torch.inf)
+    residual = torch.addcmul(images, rearrange(values, "n p -> n p 1"), vectors, value=-1)
+    residual = torch.linalg.vector_norm(residual, dim=-1)
+    # A larger value may hide in an unwanted vector, at most its residual above that one's.
+    hides = values + residual > values.gather(1, last)
+    return torch.where(wanted, torch.where(resolved, residual / gap, torch.inf), hides.float())
 
 
 def _growth(values: Tensor, edge: Tensor) -> Tensor:
