@@ -20,12 +20,13 @@ except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import fully_shard
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
-from graph_kd._distributed import average_over_processes, gather_rows
+from graph_kd._distributed import average_over_processes, gather_rows, own_part
 
 POINTS = ["1", "3", "5"]
 TEACHER, STUDENT = [6, 8, 10], [3, 5, 4]
 BATCH = 4  # of all processes: one sample for each of four
 STEPS = 6
+LARGE = torch.full((2,), 6e4, dtype=torch.float16)
 PRECISIONS = [torch.float32, torch.float64, torch.float16] * 2
 FORMS = {
     "sum": {},
@@ -212,6 +213,22 @@ def gathered_gradients(group):
     return rows.grad, weight.grad, seed
 
 
+def capturable_step(group):
+    """Return the merged gradients of a step, and how often the host read a tensor meanwhile."""
+    torch.manual_seed(0)
+    student, loss = nn.Linear(5, 10), GraphTransferLoss([4, 6], 2, capturable=True)
+    sgd = torch.optim.SGD(student.parameters())
+    optimizer = GatedGradClip(sgd, process_group=group, capturable=True)
+    loss.process_group = group
+    teacher, inputs = torch.randn(BATCH, 10), torch.randn(BATCH, 5)
+    reads, tolist = [], torch.Tensor.tolist
+    torch.Tensor.tolist = lambda tensor: reads.append(tensor) or tolist(tensor)
+    split = [own_part(t, group).split([4, 6], dim=1) for t in (student(inputs), teacher)]
+    optimizer.backward(own_part(student(inputs), group).square().mean(), loss(*split))
+    torch.Tensor.tolist = tolist
+    return [p.grad for p in student.parameters()], len(reads)
+
+
 def each_reached_by_one_process(rank):
     """Return gradients of two parameters, each of which two processes of all reach."""
     return [torch.ones(2) if rank == 0 else None, torch.ones(3) if rank == 1 else None]
@@ -224,7 +241,7 @@ def work(rank, world, folder):
     group = dist.group.WORLD
     results = {form: train(group, **settings) for form, settings in FORMS.items()}
     params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
-    mixed = average_over_processes(mixed_gradients(rank), params, group)
+    mixed = average_over_processes(mixed_gradients(rank), params, group, alike=False)
     ones = [torch.zeros(2), torch.zeros(3)]
     got = {
         "results": results,
@@ -238,7 +255,9 @@ def work(rank, world, folder):
             kind: refusal_of(other_leaves, group, kind) for kind in ("number", "shape", "dtype")
         },
         "gathered": gathered_gradients(group),
-        "ones": average_over_processes(each_reached_by_one_process(rank), ones, group),
+        "ones": average_over_processes(each_reached_by_one_process(rank), ones, group, alike=False),
+        "large": average_over_processes([LARGE], [LARGE], group, alike=True),
+        "capturable": capturable_step(group),
     }
     subgroup = dist.new_group([1])
     if rank == 1:
@@ -341,6 +360,19 @@ def test_the_mean_is_over_all_processes_wherever_a_gradient_was_missing(processe
     for process in processes:
         for average in process["ones"]:
             assert torch.equal(average, torch.full_like(average, 1 / len(processes)))
+
+
+def test_a_mean_of_large_gradients_does_not_overflow(processes):
+    for process in processes:
+        assert torch.equal(process["large"][0], LARGE)
+
+
+def test_a_capturable_step_reads_nothing_back(processes):
+    wanted, _ = capturable_step(None)
+    for process in processes:
+        gradients, reads = process["capturable"]
+        torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
+        assert reads == 0
 
 
 @pytest.fixture

@@ -132,20 +132,30 @@ class _GatherRows(torch.autograd.Function):
 
 
 def average_over_processes(
-    gradients: Sequence[Tensor | None], params: Sequence[Tensor], group: dist.ProcessGroup
+    gradients: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    *,
+    alike: bool,
 ) -> list[Tensor | None]:
-    """Average gradients over a process group; None only where no process has a gradient."""
-    reached = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
-    reached = reached.to(params[0].device)
-    dist.all_reduce(reached, group=group)
+    """Average gradients over a process group; None only where no process has a gradient.
+
+    If ``alike``, all processes have gradients of the same parameters; else they are asked.
+    """
+    reached = [float(g is not None) for g in gradients]
+    if not alike:
+        counts = torch.tensor(reached, device=params[0].device)
+        dist.all_reduce(counts, group=group)
+        reached = counts.tolist()
     averaged: list[Tensor | None] = [None] * len(params)
-    places = [n for n, count in enumerate(reached.tolist()) if count]
+    places = [n for n, count in enumerate(reached) if count]
     # In the order of the parameters: a set has another one in each process, messages must not.
     for kind in dict.fromkeys((params[n].dtype, params[n].device) for n in places):
         same = [n for n in places if (params[n].dtype, params[n].device) == kind]
         dense = [torch.zeros_like(params[n]) if (g := gradients[n]) is None else g for n in same]
         flat, shapes = pack(dense, "*")  # one message a kind
+        flat = flat / group.size()  # before the sum, which could overflow in float16
         dist.all_reduce(flat, group=group)
-        for n, mean in zip(same, unpack(flat / group.size(), shapes, "*"), strict=True):
+        for n, mean in zip(same, unpack(flat, shapes, "*"), strict=True):
             averaged[n] = mean
     return averaged

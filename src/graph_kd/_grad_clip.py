@@ -96,7 +96,8 @@ class GatedGradClip(OptimizerShell):
         capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
             `skipped` is a tensor on the device then, and always in `state_dict`. A captured
             `backward` keeps the gate, bound and losses that it was captured with. In a skipped step
-            a parameter that only the transfer loss reaches gets a gradient of zero, not None.
+            a parameter that only the transfer loss reaches gets a gradient of zero, not None. Each
+            loss must reach the same parameters in every process; that is not checked.
 
     Attributes:
         gates: The factors last applied, one per parameter that the transfer loss reaches: first
@@ -187,9 +188,11 @@ class GatedGradClip(OptimizerShell):
             "transfer_loss", transfer_loss, params, len(held), retain_graph=False
         )
         if group is not None:  # 2
-            check_equal_leaves(outside, params[0].device, group)
-            task = average_over_processes(task, params, group)
-            transfer = average_over_processes(transfer, params, group)
+            alike = shared.capturable  # to compare would wait for the other processes
+            if not alike:
+                check_equal_leaves(outside, params[0].device, group)
+            task = average_over_processes(task, params, group, alike=alike)
+            transfer = average_over_processes(transfer, params, group, alike=alike)
         earlier = [shared.sums.of(p) for p in params]  # 3
         sums = [old.plus(*new) for old, *new in zip(earlier, task, transfer, strict=True)]
         # A step that is skipped stays so: a parameter without task gradient keeps no infinite sum.

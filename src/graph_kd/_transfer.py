@@ -283,7 +283,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         for matrices in networks:
             check_fit_of_heads(matrices, heads.dtype, heads.device, capturable=self.capturable)
         batch = len(next(iter(matrices.values())))
-        check_equal_batches(batch, heads.device, self.process_group)
+        if not self.capturable:  # it waits for the other processes
+            check_equal_batches(batch, heads.device, self.process_group)
         self._keys = keys
         return networks
 
