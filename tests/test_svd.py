@@ -234,6 +234,17 @@ def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast, scale):
 
 
 @halves
+@pytest.mark.parametrize("kind", ["dense", "nearly dead"])
+def test_gradient_of_maps_near_the_smallest_number_of_float16_is_finite(dtype, kind):
+    features = random_map((4, 4, 8)) * 1e-6
+    if kind == "nearly dead":
+        features[:, :, :, 1:] = features[:, :, 1:] = 0
+    vectors, gradient = vectors_and_gradient(1, features.to(dtype), torch.arange(8.0))
+    assert vectors.any()
+    assert gradient.isfinite().all()
+
+
+@halves
 @pytest.mark.parametrize("shape", [(3, 3, 6), (2, 2, 7)])
 def test_gradient_is_finite_at_the_rank_that_rounding_to_half_makes(dtype, shape):
     h, w, c = shape

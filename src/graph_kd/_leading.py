@@ -106,7 +106,7 @@ def fast_gradient(
     *,
     bounded: bool,
 ) -> Tensor:
-    """Pull the gradient of chosen vectors ``b k c`` back to the maps, ``b n c`` in their dtype.
+    """Pull the gradient of chosen vectors ``b k c`` back to the maps, ``b n c`` in float32.
 
     d<v, g> = <w, dG v> with dG = dMᵀ M + Mᵀ dM and (λ - G) w = g on the complement of v. Along the
     eigenvector x the system is made regular by λ x xᵀ. Where ``bounded``, w is at most as long as a
@@ -135,9 +135,8 @@ def fast_gradient(
         w, left_w = torch.nan_to_num(w * factor), torch.nan_to_num(left_w * factor)
     first, second = torch.cat([left_w, left], dim=1), torch.cat([chosen, w], dim=1)
     # Laid out as the map is.
-    grad_rows = first.mT @ second if rows.stride(-1) == 1 else (second.mT @ first).mT
-    gradient: Tensor = grad_rows.to(rows.dtype)
-    return gradient
+    grad_rows: Tensor = first.mT @ second if rows.stride(-1) == 1 else (second.mT @ first).mT
+    return grad_rows
 
 
 def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
-__all__ = ["has_float64", "whole_float32"]
+__all__ = ["converted", "has_float64", "whole_float32"]
 
 
 @cache
@@ -19,6 +20,14 @@ def has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor; what exceeds the range of float16 becomes its largest number."""
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        tensor = tensor.clamp(-most, most)
+    return tensor.to(dtype)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graph_kd._checks import check_finite
 from graph_kd._leading import fast_gradient, fast_vectors
-from graph_kd._precision import has_float64, whole_float32
+from graph_kd._precision import converted, has_float64, whole_float32
 from graph_kd._svd_exact import exact_gradient, exact_vectors
 
 __all__ = ["TopVectors", "top_singular_vectors"]
@@ -167,13 +167,14 @@ def _gradient(
         found = (rows, index, chosen, values, basis)
         if rows.dtype == torch.float64:
             return exact_gradient(*found, grad)
-        grad_rows = fast_gradient(*found, grad, bounded=capturable)
+        grad_rows = converted(fast_gradient(*found, grad, bounded=capturable), rows.dtype)
         if not capturable and bool(doubtful.any()):
             some = doubtful.nonzero()[:, 0].to(device)
             part, at = rows[some], index[some]
             vectors, _, own_values, own_basis = exact_vectors(part, values.shape[1])
             vectors = vectors.gather(1, repeat(at, "b j -> b j c", c=rows.shape[2]))
-            grad_rows[some] = exact_gradient(part, at, vectors, own_values, own_basis, grad[some])
+            exact = exact_gradient(part, at, vectors, own_values, own_basis, grad[some])
+            grad_rows[some] = converted(exact, rows.dtype)
     return grad_rows
 
 

@@ -35,7 +35,7 @@ def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def exact_gradient(
     rows: Tensor, index: Tensor, chosen: Tensor, values: Tensor, basis: Tensor, grad: Tensor
 ) -> Tensor:
-    """Pull the gradient ``b i c`` of chosen vectors back to the maps, ``b n c`` in their dtype.
+    """Pull the gradient ``b i c`` of chosen vectors back to the maps, ``b n c`` in float64.
 
     d<v_i, g_i> = <w_i, dG v_i> with dG = dMᵀ M + Mᵀ dM and w_i = Σ_j v_j (v_j · g_i) / (λ_i - λ_j)
     over all other vectors j, those of value zero included. λ is a squared singular value.
@@ -54,7 +54,8 @@ def exact_gradient(
         positive = value_i > noise
         response = torch.where(positive, response + outside / value_i, 0)
     grad_rows = (matrix @ response.mT) @ chosen + (matrix @ chosen.mT) @ response
-    return (grad_rows / scale).to(rows.dtype)
+    pulled: Tensor = grad_rows / scale
+    return pulled
 
 
 def _scale(values: Tensor) -> Tensor:
