@@ -104,6 +104,14 @@ def test_the_teacher_phase_sets_the_order_of_the_keys(channels):
     assert torch.equal(loss(shuffled(named), shuffled(named)), loss(maps, maps))
 
 
+def test_a_look_at_graphs_sets_no_order():
+    channels = (6, 6, 6)
+    loss, maps = make(channels).eval(), features(channels=channels)
+    named = dict(zip("abc", maps, strict=True))
+    loss.graphs(shuffled(named))
+    assert torch.equal(loss.estimator_loss(named), loss.estimator_loss(maps))
+
+
 # Vectors of singular value zero.
 
 

@@ -442,7 +442,7 @@ def test_scripting_a_hooked_model_names_remove():
 
 # Arguments that are refused.
 
-PARALLEL = r"must not be a DataParallel: its replicas .* Use DistributedDataParallel, or .*module"
+PARALLEL = r"must not be .* DataParallel .*: its replicas .* Use DistributedDataParallel, or .*modu"
 SCRIPT = r"must not be a ScriptModule: its layers run in C\+\+.*plain"
 
 
@@ -460,6 +460,19 @@ SCRIPT = r"must not be a ScriptModule: its layers run in C\+\+.*plain"
 def test_models_that_hooks_can_not_follow_are_refused_with_the_reason(net, message, make):
     with pytest.raises(TypeError, match=message):
         FeatureHooks(make(net), ["0"])
+
+
+def test_names_inside_what_hooks_can_not_follow_are_refused_and_those_beside_it_are_not(net):
+    net.stages = DataParallel(net.stages)
+    FeatureHooks(net, ["stem", "stages"]).remove()
+    with pytest.raises(TypeError, match=PARALLEL):
+        FeatureHooks(net, ["stem", "stages.module.0"])
+    assert hook_count(net) == 0
+
+
+def test_a_model_without_layers_has_no_near_names():
+    with pytest.raises(ValueError, match=UNKNOWN + r"'stem'\. It has no submodules\.$"):
+        FeatureHooks(nn.Linear(2, 2), ["stem"])
 
 
 TWO = ["stem", "spare"]
@@ -480,9 +493,14 @@ KIND = "`select` must be an index, a key, a callable or None, or a list of these
         (ValueError, ["stage.0"], None, UNKNOWN + r"'stage\.0'\. The nearest .*'stages\.0'"),
         (ValueError, ["stages.0.0.0"], None, r"The nearest names are ('[^']*'(, )?){3}\.$"),
         (ValueError, ["module.stem"], None, r"'module\.stem'\. The nearest names are 'stem'\.$"),
-        (ValueError, ["qqqqqq"], None, UNKNOWN + r"'qqqqqq'\. See `model\.named_modules\(\)`"),
+        (
+            ValueError,
+            ["qqqqqq"],
+            None,
+            UNKNOWN + r"'qqqqqq'\. The nearest names are ('[^']*'(, )?){3}",
+        ),
         (ValueError, [["stem"]], None, UNKNOWN + r"\['stem'\]\. The nearest"),
-        (ValueError, [3], None, UNKNOWN + r"3\. See `model\.named_modules\(\)`"),
+        (ValueError, [3], None, UNKNOWN + r"3\. The nearest"),
         *[(TypeError, TWO, s, KIND) for s in (1.0, True, b"out", {"0": 0}, [None, False])],
         *[(ValueError, TWO, [0] * n, COUNT.format(n)) for n in (0, 1, 3)],
     ],

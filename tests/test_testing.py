@@ -288,7 +288,12 @@ WRONG = {
     "unknown": (r"no 'm\.0\.1'\. The nearest names are '0\.1'\.$", convolutions, "m.0.1", IMAGES),
     "twice": ("ran 2 times", lambda: chain(nn.Linear(6, 8), *[nn.Tanh()] * 2), "1", VECTORS),
     "no module": ("`model` must be a torch.nn.Module; got NoneT", lambda: None, "0", VECTORS),
-    "data parallel": ("be a DataParallel: its", lambda: DataParallel(stages()), "0", VECTORS),
+    "data parallel": (
+        "must not be or hold a DataParallel",
+        lambda: DataParallel(stages()),
+        "0",
+        VECTORS,
+    ),
     "script": (SCRIPT, lambda: torch.jit.script(stages()), "0", VECTORS),
     # The batch is not on axis 0, even where the sequence is as long.
     "long": (rf"{AXES}\(7, 4, 8\)\. {FIRST}", lambda: sequences(nn.Linear(8, 8)), "2", LONG),

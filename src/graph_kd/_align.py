@@ -63,11 +63,14 @@ def align_singular_vectors(
         )
     if student.shape[1] == 0:
         raise ValueError("`student` must hold at least one candidate a sample; got none.")
-    if null is not None and (null.dtype != torch.bool or null.shape != student.shape[:2]):
-        raise ValueError(
-            f"`null` must be bool with axes (b, i) = {tuple(student.shape[:2])}, one per "
-            f"candidate; got {null.dtype} {tuple(null.shape)}."
-        )
+    if null is not None:
+        is_tensor = isinstance(null, Tensor)
+        if not is_tensor or null.dtype != torch.bool or null.shape != student.shape[:2]:
+            got = f"{null.dtype} {tuple(null.shape)}" if is_tensor else type(null).__name__
+            raise ValueError(
+                f"`null` must be a bool tensor with axes (b, i) = {tuple(student.shape[:2])}, one "
+                f"per candidate; got {got}."
+            )
     ((choice, sign),) = closest([student], [teacher], [null])
     return sign * student.gather(1, repeat(choice, "b k -> b k c", c=student.shape[2]))
 

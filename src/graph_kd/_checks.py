@@ -77,10 +77,10 @@ def check_floating(name: str, value: Any) -> Tensor:
         raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
     check_dense(name, value)
     if not torch.is_floating_point(value):
-        convert = ".dequantize()" if value.is_quantized else ".float()"
+        convert = "dequantize" if value.is_quantized else "abs" if value.is_complex() else "float"
         raise TypeError(
             f"`{name}` must be a floating-point tensor; got {value.dtype}. "
-            f"Convert it with `{convert}`."
+            f"Convert it with `.{convert}()`."
         )
     return value
 

@@ -99,12 +99,14 @@ def _apply(gate: Gate, task_norm: Tensor, transfer_norm: Tensor, bound: float) -
     factors = []
     for task, transfer in zip(task_norm, transfer_norm, strict=True):
         factor = gate(task, transfer)
-        if not isinstance(factor, (Tensor, Real)) or torch.as_tensor(factor).numel() != 1:
+        if isinstance(factor, Real):  # no copy from the host, which a CUDA graph can not hold
+            factor = torch.full_like(task, float(factor))
+        if not isinstance(factor, Tensor) or factor.numel() != 1:
             raise ValueError(
                 f"`gate` must return a single number; it returned {factor!r}. Return a float or a "
                 "tensor of one element: the factor of the transfer gradient."
             )
-        factors.append(rearrange(torch.as_tensor(factor).detach().to(task_norm), "... -> (...)"))
+        factors.append(rearrange(factor.detach().to(task_norm), "... -> (...)"))
     return torch.cat(factors)
 
 

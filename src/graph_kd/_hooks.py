@@ -212,9 +212,10 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
         )
     if len(kept) > 1:
         raise RuntimeError(
-            f"Layer {name!r} ran {len(kept)} times in the last forward pass; a sensing "
+            f"Layer {name!r} ran {len(kept)} times since the last forward pass began; a sensing "
             "point must run once. Call `model(...)`, not `model.forward(...)`, which begins no "
-            "pass. If the layer is used twice, give each use a module of its own."
+            "pass, nor the layer itself. If the layer is used twice, give each use a module of its "
+            "own."
         )
     [(output, version)] = kept
     if isinstance(output, Untaken):
@@ -231,12 +232,7 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the plain model inside the wrappers of DDP, `torch.compile` and Fabric."""
-    if isinstance(model, DataParallel):
-        raise TypeError(
-            "`model` must not be a DataParallel: its replicas live for one forward pass and hooks "
-            "see the part of the batch that one of them gets. Use DistributedDataParallel, or hook "
-            "the plain model (`model.module`) on one device."
-        )
+    _refuse_parallel(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "`model` must not be a ScriptModule: its layers run in C++, where hooks of Python are "
@@ -251,6 +247,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(inside) if isinstance(inside, nn.Module) else model
 
 
+def _refuse_parallel(module: Any) -> None:
+    if isinstance(module, DataParallel):
+        raise TypeError(
+            "`model` must not be or hold a DataParallel around a layer that is hooked: its "
+            "replicas live for one forward pass and hooks see the part of the batch that one of "
+            "them gets. Use DistributedDataParallel, or the plain module (`.module`) on one device."
+        )
+
+
 def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]:
     if isinstance(layers, (str, set, frozenset)) or not isinstance(layers, Iterable):
         got = f"the string {layers!r}" if isinstance(layers, str) else type(layers).__name__
@@ -263,13 +268,15 @@ def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]
             raise ValueError(_unknown(name, list(modules)))
         if names.count(name) > 1:
             raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
-        _refuse_scripted(name, modules)
+        _check_kind(name, modules)
     return names
 
 
-def _refuse_scripted(name: str, modules: dict[str, nn.Module]) -> None:
+def _check_kind(name: str, modules: dict[str, nn.Module]) -> None:
     parts = name.split(".")
     outer = [modules.get(".".join(parts[:n])) for n in range(len(parts))]
+    for module in outer:
+        _refuse_parallel(module)
     inside = any(isinstance(module, torch.jit.ScriptModule) for module in outer)
     if inside or isinstance(modules[name], RecursiveScriptModule):
         raise TypeError(
@@ -295,11 +302,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _unknown(name: Any, known: list[str]) -> str:
     # A wrapper's name in front of the right one, or a name that is spelt alike.
     inner = [near for near in known if near and str(name).endswith(f".{near}")]
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), filter(None, known), n=3, cutoff=0)
     nearest = [max(inner, key=len)] if inner else close
-    hint = (
-        "The nearest names are " + ", ".join(repr(near) for near in nearest)
-        if nearest
-        else "See `model.named_modules()` for the names there are"
-    )
+    hint = f"The nearest names are {str(nearest)[1:-1]}" if nearest else "It has no submodules"
     return f"`layers` must name modules of the model; it has no {name!r}. {hint}."

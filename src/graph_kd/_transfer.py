@@ -117,7 +117,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
           teacher and student may differ in rank and in space. Mappings are paired by key; the
-          teacher's first one sets the order, that of ``channels``
+          teacher's first one in a loss sets the order, that of ``channels``
         - returns: scalar
 
     Padding tokens count as positions. Multiply the features by the mask first
@@ -196,7 +196,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         has few large weights, which say little of the data (`graphs` shows them).
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
-        (teacher,) = self._read(keys, maps, self.teacher_layout)
+        (teacher,) = self._read(maps, self.teacher_layout)
+        self._keys = keys
         check_estimator_fresh(*maps.values())
         self._warn_of_training(*maps.values())
         losses = []
@@ -216,7 +217,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         keys, maps = in_order(
             self._keys, student_features=student_features, teacher_features=teacher_features
         )
-        student, teacher = self._read(keys, maps, self.student_layout, self.teacher_layout)
+        student, teacher = self._read(maps, self.student_layout, self.teacher_layout)
+        self._keys = keys
         check_fresh(*maps.values())
         self._warn_of_training(maps["teacher_features"])
 
@@ -252,15 +254,15 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
         given = {"features": features} | ({} if align_to is None else {"align_to": align_to})
-        keys, maps = in_order(self._keys, **given)
+        _, maps = in_order(self._keys, **given)
         if of is None:
             teachers = align_to is None and fits(maps["features"], self.teacher_layout)
             of = "teacher" if teachers else "student"
         if align_to is None:
             layout = self.teacher_layout if of == "teacher" else self.student_layout
-            rows = self._top_rows(*self._read(keys, maps, layout))
+            rows = self._top_rows(*self._read(maps, layout))
         else:
-            networks = self._read(keys, maps, self.student_layout, self.teacher_layout)
+            networks = self._read(maps, self.student_layout, self.teacher_layout)
             rows, _ = self._compress_and_align(*networks)
         own = self.student_heads and of == "student"
         heads = deepcopy(self.student_heads) if own else self.estimators  # statistics may move
@@ -274,10 +276,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             f"squash={self.squash!r}, reduction={self.reduction!r}"
         )
 
-    def _read(
-        self, keys: tuple[Any, ...] | None, maps: dict[str, list[Any]], *layouts: Layout
-    ) -> list[Matrices]:
-        """Return the maps of each network as matrices that fit, and keep the order of the keys."""
+    def _read(self, maps: dict[str, list[Any]], *layouts: Layout) -> list[Matrices]:
+        """Return the maps of each network as matrices that fit."""
         heads, alone = self.estimators[0], group_size(self.process_group) == 1
         networks = read_matrices(maps, layouts, fewest=2 if alone else 1)
         for matrices in networks:
@@ -285,7 +285,6 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         batch = len(next(iter(matrices.values())))
         if not self.capturable:  # it waits for the other processes
             check_equal_batches(batch, heads.device, self.process_group)
-        self._keys = keys
         return networks
 
     def _warn_of_training(self, teacher_maps: list[Any]) -> None:
