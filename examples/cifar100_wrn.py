@@ -53,8 +53,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest ratio of transfer and task norms; own heads: 3
-    soft_share: float = 0.3  # weight of the soft logits in the task loss; VGG: 0.8
+    bound: float = 1.0  # largest transfer norm / task norm; pass 3 for own heads
+    soft_share: float = 0.3  # weight of soft logits in the task loss; pass 0.8 for VGGs
 
 
 def load(settings: Settings) -> Data:
@@ -199,7 +199,9 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # later methods load them
+            heads = train_heads(
+                teacher, student_data, settings
+            )  # trained once, then read from disk
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
