@@ -33,7 +33,7 @@ Method = Literal[
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
 # `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods not in
-# this dict take "scaled", the README's recommendation.
+# this dict take "scaled".
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
 
@@ -53,8 +53,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer norm / task norm; pass 3 for own heads
-    soft_share: float = 0.3  # weight of soft logits in the task loss; pass 0.8 for VGGs
+    bound: float = 1.0  # largest transfer norm / task norm; see the README
+    soft_share: float = 0.3  # weight of soft logits in the task loss; see the README
 
 
 def load(settings: Settings) -> Data:
@@ -88,7 +88,7 @@ def train_alone(
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})  # saves every epoch, and resumes
+    run = Run(settings, data, method, **{method: network.name})  # it saves each epoch, and resumes
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
@@ -199,9 +199,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(
-                teacher, student_data, settings
-            )  # trained once, then read from disk
+            heads = train_heads(teacher, student_data, settings)  # the first call trains them
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

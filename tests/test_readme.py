@@ -113,8 +113,8 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
         "own heads gain {:.1f}, soft logits {:.1f}, AB {:.1f}.".format(*second),
         f"With an untrained teacher own heads lose {-untrained}.",
-        f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180 "
-        f"(also of the student alone), AB {longer_ab:.1f}, own heads {longer:.1f}.",
+        f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180, "
+        f"against a student of 180, AB {longer_ab:.1f}, own heads {longer:.1f}.",
         f"Soft logits alone lose {-less:.0f} points with a weight of 0.3, and {-more:.0f} with 0.8",
         f"one was {eight - one:.1f} points worse, 32 were no better.",
     )
@@ -132,7 +132,7 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     check_told(
         "they gained {:.0f} to {:.0f} points on the VGG ".format(*gains)
         + "(own heads {:.0f} to {:.0f} less; ".format(*ahead)
-        + f"AB and KD-SVDF gained {others}), 0 on the WRN; with all images 0 (VGG), "
+        + f"AB and KD-SVDF gained {others}), 0 on the WRN; with all images of the ten 0 (VGG), "
         + f"{mean('wrn', 'gain', 'mhgd'):.0f} (WRN).",
     )
 
