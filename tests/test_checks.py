@@ -141,6 +141,8 @@ VALUES = [
     (partial(heads(2).frozen_embeddings, ONES[:1], BACK), ValueError,
      r"at least 2 samples.*got 1 and 4"),
     (partial(loss(), maps(), maps(batch=5)), ValueError, r"`teacher_features\[0\]` .* same 6 sam"),
+    (partial(loss(student_channels=[5, 4, 7]).graphs, maps(batch=1)), ValueError,
+     r"`features\[0\]` must hold at least 2 samples"),
     (partial(loss().graphs, maps(), of=1), ValueError, r"`of` .* 'teacher', 'student'; got 1"),
     *[(partial(loss(squash=s), maps(), maps()), ValueError, r"`squash` must return logits of")
       for s in (lambda s: s.mean(-1, keepdim=True), lambda _: None)],
@@ -174,7 +176,8 @@ FEATURES = [
     (maps()[:2], ValueError, r"` must hold 3 tensors, .*; got 2"),
     (torch.ones(6, 6, 4, 4), TypeError, r"` must be a list with one tensor .*; got Tensor"),
     (None, TypeError, r"` must be a list with one tensor .*; got NoneType"),
-    ({*maps()}, TypeError, r"` must be a list with one tensor .*; got set"),
+    *[(kind(maps()), TypeError, rf"` must be a list with one tensor .*; got {kind.__name__}")
+      for kind in (set, frozenset)],
     (maps(p1=None), TypeError, r"\[1\]` must be a tensor; got NoneType"),
     (maps(p2=torch.ones(6, 10, 4, 4).int()), TypeError, r"\[2\]` .* got torch.int32"),
     (maps(p1=torch.ones(8)), ValueError, r"\[1\]` must have axes .* got shape \(8,\)"),

@@ -313,6 +313,9 @@ def test_the_count_of_skipped_steps_is_saved_and_a_plain_state_resets_it(captura
     optimizer.load_state_dict(by_file(state))
     assert int(optimizer.skipped) == 1
     assert not capturable or optimizer.skipped is counter  # where a captured step counts
+    _, other = one_number(capturable=not capturable)
+    other.load_state_dict(state)
+    assert (int(other.skipped), type(other.skipped) is int) == (1, capturable)
     plain.load_state_dict(state)  # the plain one leaves the rest alone
 
 

@@ -234,6 +234,16 @@ def each_reached_by_one_process(rank):
     return [torch.ones(2) if rank == 0 else None, torch.ones(3) if rank == 1 else None]
 
 
+def compiled_and_eager(group):
+    """Return the loss as one graph, and as it is."""
+    torch._dynamo.reset()
+    loss = GraphTransferLoss(TEACHER, 2, process_group=group)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    maps = [torch.randn(4, c, 3, 3, generator=torch.Generator().manual_seed(0)) for c in TEACHER]
+    student = [m.flip(0) for m in maps]
+    return compiled(student, maps), loss(student, maps)
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store{world}"
@@ -258,6 +268,7 @@ def work(rank, world, folder):
         "ones": average_over_processes(each_reached_by_one_process(rank), ones, group, alike=False),
         "large": average_over_processes([LARGE], [LARGE], group, alike=True),
         "capturable": capturable_step(group),
+        "compiled": compiled_and_eager(group),
     }
     subgroup = dist.new_group([1])
     if rank == 1:
@@ -375,6 +386,11 @@ def test_a_capturable_step_reads_nothing_back(processes):
         assert reads == 0
 
 
+def test_a_loss_with_a_group_compiles(processes):
+    for process in processes:
+        torch.testing.assert_close(*process["compiled"])
+
+
 @pytest.fixture
 def group_of_one(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -392,17 +408,6 @@ def test_a_group_of_one_process_refuses_a_single_sample(group_of_one):
     loss = GraphTransferLoss(TEACHER, process_group=group_of_one)
     with pytest.raises(ValueError, match=r"`teacher_features\[0\]` .* at least 2 samples"):
         loss.estimator_loss([torch.ones(1, c) for c in TEACHER])
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_loss_with_a_group_compiles(group_of_one):
-    torch._dynamo.reset()
-    loss = GraphTransferLoss(TEACHER, 2, process_group=group_of_one)
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    maps = [torch.randn(4, c, 3, 3, generator=torch.Generator().manual_seed(0)) for c in TEACHER]
-    student = [m.flip(0) for m in maps]
-    torch.testing.assert_close(compiled(student, maps), loss(student, maps))
-    torch._dynamo.reset()
 
 
 def test_copies_keep_the_group_and_pickles_do_not(group_of_one):

@@ -67,6 +67,8 @@ def test_a_process_may_ask_for_the_frozen_logits_of_one_row(training):
     estimator, (front, back) = make().train(training), vectors()
     row = frozen_logits(estimator, front, back[2:3])
     torch.testing.assert_close(row, frozen_logits(estimator, front, back)[:, 2:3])
+    if not training:
+        torch.testing.assert_close(estimator.attention_logits(front, back[2:3]), row)
 
 
 @given(seed=seeds)
@@ -162,8 +164,12 @@ def test_autocast_has_no_effect():
         assert torch.equal(estimator(front, back), wanted)
 
 
-def test_half_precision_parameters_compute_in_float32():
+@pytest.mark.parametrize("whole_norms", [False, True])
+def test_half_precision_parameters_compute_in_float32(whole_norms):
     half, (front, back) = make().eval().bfloat16(), (rows.bfloat16() for rows in vectors())
+    for module in half.modules():
+        if whole_norms and isinstance(module, torch.nn.BatchNorm1d):
+            module.float()
     whole = copy.deepcopy(half).float()
     torch.testing.assert_close(half(front, back), whole(front.float(), back.float()))
 

@@ -73,7 +73,7 @@ def test_rows_are_orthonormal_whatever_the_rank(shape, seed, k, rank):
 
 @precisions
 @pytest.mark.parametrize("shape", [(3, 3, 5), (2, 2, 7), (8, 8, 24), (4, 5, 40)])
-@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e-7, 1e-3, 1e3, 1e6, 6e8, 1e9, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e-7, 1e-3, 1e3, 1e6, 6e8, 1e9, 1e12, 1e15])
 def test_positive_scale_does_not_matter_and_its_gradient_is_inverse(shape, dtype, scale):
     features = built_map(shape, [1.3**-i for i in range(4)]).to(dtype)
     target = torch.randn(4, shape[2], dtype=dtype, generator=torch.Generator().manual_seed(1))
@@ -218,17 +218,30 @@ def test_gradient_can_not_be_differentiated_again(dtype):
             torch.autograd.grad(gradient.square().sum(), tensor)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_nor_can_that_of_the_transfer_loss(capturable):
+    student, teacher = ([random_map((3, 3, 5), seed=s).float()] * 2 for s in (0, 1))
+    student[0].requires_grad_()
+    loss = GraphTransferLoss([5, 5], num_heads=1, capturable=capturable)(student, teacher)
+    (gradient,) = torch.autograd.grad(loss, student[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="SVDFeature can not be differentiated again"):
+        torch.autograd.grad(gradient.square().sum(), student[0])
+
+
 @halves
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5])
-def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast, scale):
-    """Small maps are not taken for zero."""
-    features = (random_map((4, 4, 6)) * scale).to(dtype).requires_grad_()
+@pytest.mark.parametrize("steep", [False, True])
+def test_half_precision_comes_in_and_float32_goes_out(dtype, autocast, scale, steep):
+    """Small maps are not taken for zero, whether float32 suffices for them or not."""
+    features = random_map((4, 4, 6))
+    features = features[:, :1] * torch.arange(1, 7)[:, None, None] if steep else features
+    features = (features * scale).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         vectors = SVDFeature(2)(features)
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors, SVDFeature(2)(features.detach().float()))
-    vectors[:, 0].sum().backward()
+    vectors[:, 0, 0].sum().backward()
     assert features.grad.dtype == dtype
     assert features.grad.any()
 

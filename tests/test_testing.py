@@ -186,6 +186,7 @@ RIGHT = {
     ),
     "in place": twins(lambda: chain(nn.Linear(6, 8), nn.ReLU(inplace=True)), "1"),
     "channels last": twins(channels_last, "0 1 2", LAST, channel_dim=3),
+    "as high as channels": twins(channels_last, "0 1 2", SQUARE_LAST, channel_dim=-1),
     "channels last in one": lambda: pair(
         channels_last(), channels_first(), "0", "1", LAST, channel_dim=(None, -1)
     ),
@@ -250,6 +251,13 @@ def to_last(x):
 def sequences(layer):
     """Return a model that gives sequences first, for samples b n c."""
     return chain(nn.Linear(6, 8), Apply(lambda x: x.transpose(0, 1)), layer)
+
+
+def sequences_of_two():
+    """Return a model that gives sequences first, for positions and samples."""
+    model = TakesTwo()
+    model.linear = sequences(nn.Linear(8, 8))
+    return model
 
 
 def normed_tokens():
@@ -370,6 +378,11 @@ SELECT = r"^{0} layer '0' gave tuple .*`{1}_select=5` failed"
 ONE_EACH = "^{0}, layers .*`select` must have one entry per layer"
 model, cell = stages(), chain(nn.GRU(6, 8))
 REFUSED = [
+    # What comes once for the whole batch stays as it is when the batch grows.
+    (
+        "^Student layer 'linear' " + BATCH,
+        pair(sequences_of_two(), sequences_of_two(), "linear", sample=[position[:, :4], x[:, :4]]),
+    ),
     (r"pair up; got 2 \(\['0', '1'\]\) and 1 \(\['0'\]\)", pair(stages(), None, "0 1", "0")),
     (r"pair up; got 0 \(\[\]\) and 1 \(\['0'\]\)", pair(stages(), None, "", "0")),
     ("^Student.*`layers` must name at least one layer", pair(stages(), None, "")),
@@ -388,7 +401,11 @@ REFUSED = [
         pair(convolutions(10), convolutions(stride=2), "1", sample=IMAGES),
     ),
     (OTHER.format(0, 8, "4, 7, 8", 2, 10, "4, 7, 10"), pair(tokens(), tokens(), "0", "2", LONG)),
-    (OTHER.format(0, 8, "4, 8", 2, 4, "4, 4"), pair(stages(), None, "0", "2")),
+    # As many channels as samples: no hint of axis 0.
+    (
+        OTHER.format(0, 8, "4, 8", 2, 4, "4, 4") + r"ansferLoss\.$",
+        pair(stages(), None, "0", "2"),
+    ),
     (AXIS_3.format("student"), pair(Apply(widened), nn.Conv2d(9, 7, 1), [""], sample=(4, 9, 9, 3))),
     (AXIS_3.format("teacher"), pair(nn.Conv2d(9, 7, 1), Apply(widened), [""], sample=(4, 9, 9, 3))),
     ("'0' has 8 channels .*student_channels says 5", pair(stages(), student_channels=[5])),

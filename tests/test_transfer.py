@@ -260,6 +260,9 @@ def test_a_large_batch_is_taken_in_blocks_whose_logits_are_computed_again(monkey
         # The blocks of two networks and two pairs, and again in the backward pass.
         assert forward == 4 * (batch // 64) ** 2
         assert len(calls) == (forward if batch == 64 else 2 * forward)
+    wanted = make()(features(), features(seed=1))
+    monkeypatch.setattr("graph_kd._graphs.BLOCK_ENTRIES", 4)  # less than a row has
+    torch.testing.assert_close(make()(features(), features(seed=1)), wanted)
 
 
 def test_batchmean_divides_the_sum_by_the_samples():
@@ -279,6 +282,13 @@ def test_settings_are_checked_when_they_are_used(name, value):
 def test_callable_squash_takes_logits_to_logits():
     maps = features(), features(seed=1)
     torch.testing.assert_close(make(squash=torch.tanh)(*maps), make(squash="tanh")(*maps))
+
+
+def test_the_graphs_of_the_teacher_are_constants_for_a_squash_that_learns():
+    loss, seen = make(), []
+    loss.squash = lambda logits: seen.append(torch.is_grad_enabled()) or logits
+    loss(features(), features(seed=1))
+    assert seen == [False, True] * 2  # of the teacher, of the student
 
 
 @pytest.mark.parametrize("block_rows", [None, 2])
@@ -377,7 +387,7 @@ def test_heads_held_in_half_precision_compute_in_float32(dtype, form):
 
 
 def test_autocast_changes_neither_losses_nor_graphs_nor_the_choice_of_vectors():
-    loss = make().float().eval()
+    loss = make(squash=lambda logits: logits @ torch.eye(logits.shape[1]).to(logits)).float().eval()
     for seed in range(20):
         student = [f.bfloat16() for f in features(seed=seed)]
         teacher = [f.bfloat16() for f in features(seed=seed + 1)]
@@ -465,8 +475,9 @@ def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
     ):
         loss(of_student, of_teacher)
     loss.estimator_loss(of_teacher)
-    with pytest.warns(UserWarning, match="is in training mode"):
+    with pytest.warns(UserWarning, match="is in training mode") as caught:
         make().estimator_loss(of_teacher)
+    assert caught[0].filename == __file__
     student(IMAGES[0]), teacher.eval()(IMAGES[0])
     make().estimator_loss(of_teacher)
     make()(of_student, of_teacher)  # the student trains
