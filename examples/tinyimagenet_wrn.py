@@ -55,8 +55,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer norm / task norm; see the README
-    soft_share: float = 0.3  # weight of soft logits in the task loss; see the README
+    bound: float = 1.0  # largest transfer norm / task norm; own heads need 3
+    soft_share: float = 0.3  # weight of soft logits in the task loss; not on WRNs
 
 
 def load(settings: Settings) -> Data:
@@ -156,7 +156,7 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads  # of `train_heads`; the transfer loss does not train them
+    transfer.estimators = heads  # frozen; if they are shared, `student_heads` is empty
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}
@@ -201,7 +201,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # the first call trains them
+            heads = train_heads(teacher, student_data, settings)  # trained once, then loaded
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

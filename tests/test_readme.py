@@ -114,9 +114,9 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     check_told(
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
         "own heads gain {:.1f} (VGG; soft logits {:.1f}, AB {:.1f}) ".format(*second)
-        + f"and {second_wrn:.1f} (WRN). An untrained one costs {-untrained}.",
-        f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180, "
-        f"against a student of 180, AB {longer_ab:.1f}, own heads {longer:.1f}.",
+        + f"and {second_wrn:.1f} (WRN). With an untrained one: {untrained}.",
+        f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180 "
+        f"(the student alone too), AB {longer_ab:.1f}, own heads {longer:.1f}.",
         f"Soft logits alone lose {-less:.0f} points with a weight of 0.3, and {-more:.0f} with 0.8",
         f"one was {eight - one:.1f} points worse, 32 were no better.",
         f"with 256 the gain was {eight - large:.1f} points less.",
@@ -133,10 +133,10 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        "they gained {:.0f} to {:.0f} points on the VGG ".format(*gains)
-        + "(own heads {:.0f} to {:.0f} less; ".format(*ahead)
-        + f"AB and KD-SVDF gained {others}), 0 on the WRN; with all images of the ten 0 (VGG), "
-        + f"{mean('wrn', 'gain', 'mhgd'):.0f} (WRN).",
+        "Ten classes: VGG {:+.0f} to {:+.0f} ".format(*gains)
+        + "(own heads {:.0f} to {:.0f} below that; ".format(*ahead)
+        + f"AB and KD-SVDF {others:+}), WRN 0. With all images of these classes: VGG 0, "
+        + f"WRN {mean('wrn', 'gain', 'mhgd'):.0f}.",
     )
 
 
