@@ -91,8 +91,8 @@ def fast_vectors(
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
             # Operators return no views.
-            parts_of_i = (null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful.clone())
-            results[i] = (right, *parts_of_i)
+            own = (null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful.clone())
+            results[i] = (right, *own)
     return results
 
 

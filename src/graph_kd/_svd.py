@@ -28,7 +28,8 @@ class TopVectors(NamedTuple):
 
     Shape:
         - all: unit vectors with canonical signs, ``b k c``, without gradient
-        - null: whether the singular value is zero up to rounding, ``b k``
+        - null: whether the singular value is zero up to rounding, ``b k``; if capturable, also
+          whether the vector was not found
         - values: squared singular values, largest first, ``b k``; float64 maps: all, ``b s``, not
           squared
         - basis: Gram matrix of the shorter side, ``b s s``; float64 maps: all vectors, ``b s c``
