@@ -8,6 +8,7 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
 
 Everything is as in `cifar100_vgg.py` but the images, 64×64 pixels, and one pooling more in the
 networks. Accuracy is measured on the labelled validation images, which nothing else uses.
+The README's table is of 32×32 images, by `reproduce.py`.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # largest transfer norm / task norm; own heads need 3
-    soft_share: float = 0.3  # weight of soft logits in the task loss; not on WRNs
+    bound: float = 1.0  # largest transfer / task norm; own heads 3, with soft logits 10
+    soft_share: float = 0.3  # weight of soft logits; own heads 0.8, not on WRNs
 
 
 def load(settings: Settings) -> Data:
@@ -155,7 +156,7 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads  # frozen; if they are shared, `student_heads` is empty
+    transfer.estimators = heads  # never updated; if shared, `student_heads` is empty
     optimizer = gated_sgd([*student.parameters(), *transfer.student_heads.parameters()], settings)
     schedule = common.step_decay(optimizer, settings.epochs)
     parts: dict[str, Any] = {"model": student, "own_heads": transfer.student_heads}
@@ -200,7 +201,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once, then loaded
+            heads = train_heads(teacher, student_data, settings)  # later calls load them
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

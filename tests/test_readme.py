@@ -113,8 +113,8 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     assert f"{own:.1f}" == f"{soft:.1f}"
     check_told(
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
-        "own heads gain {:.1f} (VGG; soft logits {:.1f}, AB {:.1f}) ".format(*second)
-        + f"and {second_wrn:.1f} (WRN). With an untrained one: {untrained}.",
+        "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
+        + f"WRN own heads {second_wrn:+.1f}. An untrained one: {untrained} on both.",
         f"after 60 epochs AB gains {ab:.1f} points, own heads {own_wrn:.1f}; after 180 "
         f"(the student alone too), AB {longer_ab:.1f}, own heads {longer:.1f}.",
         f"Soft logits alone lose {-less:.0f} points with a weight of 0.3, and {-more:.0f} with 0.8",
@@ -133,9 +133,9 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        "Ten classes: VGG {:+.0f} to {:+.0f} ".format(*gains)
+        "With ten: VGG {:+.0f} to {:+.0f} ".format(*gains)
         + "(own heads {:.0f} to {:.0f} below that; ".format(*ahead)
-        + f"AB and KD-SVDF {others:+}), WRN 0. With all images of these classes: VGG 0, "
+        + f"AB and KD-SVDF {others:+}), WRN 0. With all images of the ten: VGG 0, "
         + f"WRN {mean('wrn', 'gain', 'mhgd'):.0f}.",
     )
 

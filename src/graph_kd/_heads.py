@@ -148,9 +148,8 @@ def apply_branch(branch: nn.Module, rows: Tensor) -> Tensor:
         state = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
         converted = {n: t.to(rows.dtype) if t.is_floating_point() else t for n, t in state.items()}
         result = functional_call(branch, converted, rows)
-    with torch.no_grad():
-        for name, buffer in branch.named_buffers():
-            buffer.copy_(converted[name])  # its statistics have moved
+    for name, buffer in branch.named_buffers():
+        buffer.copy_(converted[name])  # its statistics have moved
     return result
 
 
