@@ -606,7 +606,7 @@ def read_tensors(path: Path, needed: str, purpose: str) -> dict[str, Any]:
     """Return what `save_atomically` wrote, on the CPU; it has a needed key."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        content[needed]
+        content[needed]  # a file of another program may lack it
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(
             f"`{path}` must be a file of these scripts; got {type(error).__name__}. "

@@ -94,6 +94,7 @@ def cells(settings: Settings) -> Iterator[tuple[Row, str, Settings]]:
                     data_name=settings.data_name or of_script,
                 )
                 for method in ("teacher", *methods):
+                    # With the method, so that the settings are checked against it.
                     yield row, method, replace(of_cell, method=(method,))  # type: ignore[arg-type] # or a baseline
 
 

@@ -214,7 +214,7 @@ def gathered_gradients(group):
 
 
 def capturable_step(group):
-    """Return the merged gradients of a step, and how often the host read a tensor meanwhile."""
+    """Return the merged gradients of a step, and how often `tolist` was called meanwhile."""
     torch.manual_seed(0)
     student, loss = nn.Linear(5, 10), GraphTransferLoss([4, 6], 2, capturable=True)
     sgd = torch.optim.SGD(student.parameters())

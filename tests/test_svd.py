@@ -219,7 +219,7 @@ def test_gradient_can_not_be_differentiated_again(dtype):
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_nor_can_that_of_the_transfer_loss(capturable):
+def test_gradient_of_the_transfer_loss_can_not_be_differentiated_again(capturable):
     student, teacher = ([random_map((3, 3, 5), seed=s).float()] * 2 for s in (0, 1))
     student[0].requires_grad_()
     loss = GraphTransferLoss([5, 5], num_heads=1, capturable=capturable)(student, teacher)

@@ -268,11 +268,11 @@ def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]
             raise ValueError(_unknown(name, list(modules)))
         if names.count(name) > 1:
             raise ValueError(f"`layers` must name each layer once; got {name!r} twice.")
-        _check_kind(name, modules)
+        _refuse_unhookable(name, modules)
     return names
 
 
-def _check_kind(name: str, modules: dict[str, nn.Module]) -> None:
+def _refuse_unhookable(name: str, modules: dict[str, nn.Module]) -> None:
     parts = name.split(".")
     outer = [modules.get(".".join(parts[:n])) for n in range(len(parts))]
     for module in outer:
@@ -304,5 +304,6 @@ def _unknown(name: Any, known: list[str]) -> str:
     inner = [near for near in known if near and str(name).endswith(f".{near}")]
     close = difflib.get_close_matches(str(name), filter(None, known), n=3, cutoff=0)
     nearest = [max(inner, key=len)] if inner else close
-    hint = f"The nearest names are {str(nearest)[1:-1]}" if nearest else "It has no submodules"
+    listed = ", ".join(map(repr, nearest))
+    hint = f"The nearest names are {listed}" if nearest else "It has no submodules"
     return f"`layers` must name modules of the model; it has no {name!r}. {hint}."
