@@ -145,6 +145,10 @@ def check_told(*told):
     assert [one for one in told if one not in text] == []
 
 
+def test_the_readme_stays_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
 def test_two_commands_do_the_set_up():
     extras = [re.search(r'"\.\[(\w+)\]"', command).group(1) for command in setup_commands()]
     assert extras == ["examples", "dev"]
