@@ -79,7 +79,7 @@ def test_tables_of_the_readme_are_some_of_the_results():
 def test_the_readme_states_the_measured_price_of_a_step():
     (steps,) = (record["step"].values() for record in RECORDS["benchmark_cpu"] if "step" in record)
     text = " ".join(README.read_text(encoding="utf-8").split())
-    for form, told in (("complete", "{} × (VGG) and {} × (WRN)"), ("own heads", "{} × and {} ×")):
+    for form, told in (("own heads", "{} × (VGG) and {} × (WRN)"), ("complete", "{} × and {} ×")):
         assert told.format(*(f"{step[f'{form} / student alone']:.1f}" for step in steps)) in text
     most = max(step[f"{form} / floor"] for step in steps for form in ("complete", "own heads"))
     assert f"graphs and gate add at most {100 * (most - 1):.0f} %" in text
