@@ -107,7 +107,7 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
         for epochs in (60, 180)
     )
     ab, longer_ab = (wrn("accuracy", "ab", epochs=epochs) for epochs in (60, 180))
-    less, more = (wrn("gain", "soft-logits", soft_share=share) for share in (0.3, 0.8))
+    less, more = (wrn("accuracy", "soft-logits", soft_share=share) for share in (0.3, 0.8))
     own_dev = partial(mean, "100_vgg_tenth_dev", "gain", "mhgd-own-heads", bound=3.0)
     one, eight, many = (own_dev(num_heads=n, batch_size=128) for n in (1, 8, 32))
     large = own_dev(batch_size=256)
@@ -116,10 +116,11 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     check_told(
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
         "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
-        + f"WRN own heads {second_wrn:+.1f}. An untrained one: {untrained} on both.",
+        + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads lose "
+        f"{-untrained} points (VGG, WRN).",
         f"after 60 epochs the student alone has {alone:.1f} %, own heads {own_wrn:.1f}, "
-        f"AB {ab:.1f}; after 180 epochs {longer_alone:.1f}, {longer:.1f}, {longer_ab:.1f}.",
-        f"Soft logits lose {-less:.0f} points with a weight of 0.3, and {-more:.0f} with 0.8",
+        f"AB {ab:.1f}, soft logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after "
+        f"180 epochs it has {longer_alone:.1f} %, own heads {longer:.1f}, AB {longer_ab:.1f}.",
         f"one was {eight - one:.1f} points worse, 32 were no better",
         f"with 256, half the steps, the gain was {eight - large:.1f} points less",
     )
@@ -134,9 +135,9 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
-        + "own heads {:.0f} to {:.0f} points below them, ".format(*ahead)
-        + f"AB and KD-SVDF {others:+}; on the WRN 0.",
+        f"VGG AB and KD-SVDF {others:+}, "
+        + "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
+        + "own heads {:.0f} to {:.0f} less; WRN shared heads 0.".format(*ahead),
     )
 
 
