@@ -5,6 +5,7 @@ gradients are the factors in them. Then come all rules at once, on drawn gradien
 numbers; and the edges: memory and precision, graphs, refusals.
 """
 
+import copy
 import math
 import weakref
 from contextlib import nullcontext
@@ -164,6 +165,50 @@ def test_a_transfer_gradient_that_is_not_finite_skips_those_of_the_whole_step(bo
         body.grad = head.grad = None  # clearing behind the wrapper's back begins a step too
     optimizer.backward(1 * body, 1 * body)
     assert (body.grad.item(), int(optimizer.skipped)) == (2.0, 2)
+
+
+def by_half(leaf, factor):
+    """Return a loss whose gradient, the factor, goes through float16: that ends at 65504."""
+    return factor * leaf.half().float().sum()
+
+
+@capturables
+def test_a_gradient_beyond_float16_is_left_out_until_its_scale_has_been_halved_enough(capturable):
+    """`GradScaler` does not see it, so its own scale stays too large for the transfer loss."""
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for scale in (1, 1 / 2, 1 / 4, 1 / 8):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), by_half(a, 393216))
+        assert a.grad.tolist() == ([1.0, 1.0] if scale > 1 / 8 else [393217.0, 393217.0])
+    assert int(optimizer.skipped) == 3
+    other, saved = (wrapped((2,), bound=1e9, capturable=capturable) for _ in range(2))
+    saved[1].load_state_dict(optimizer.state_dict())
+    for same in (copy.deepcopy(optimizer), saved[1], other[1]):
+        leaf = same.param_groups[0]["params"][0]
+        same.zero_grad()
+        same.backward(leaf.sum(), by_half(leaf, 393216))
+        assert int(same.skipped) == (1 if same is other[1] else 3)
+
+
+@capturables
+@pytest.mark.parametrize(
+    ("steps", "last", "skips"), [(1998, 1e5, 1), (1999, 1e5, 2), (4000, 6e4, 1)]
+)
+def test_2000_steps_without_overflow_double_the_scale_up_to_one(steps, last, skips, capturable):
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for factor in (1e5, 1e5, *[1.0] * steps, last):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), by_half(a, factor))
+    assert int(optimizer.skipped) == skips
+
+
+@capturables
+def test_the_scale_stays_in_the_range_of_float16_however_often_a_loss_is_not_finite(capturable):
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for factor in (*[math.nan] * 30, 3.0):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), by_half(a, factor))
+    assert a.grad.tolist() == [4.0, 4.0]
 
 
 @not_finite

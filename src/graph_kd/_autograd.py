@@ -62,9 +62,23 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
 
 
 def gradients_of(
-    name: str, loss: Tensor | None, leaves: Sequence[Tensor], held: int, *, retain_graph: bool
+    name: str,
+    loss: Tensor | None,
+    leaves: Sequence[Tensor],
+    held: int,
+    *,
+    retain_graph: bool,
+    scale: float | Tensor = 1.0,
 ) -> list[Tensor | None]:
-    """Return the gradients of ``loss``, which must reach one of the first ``held`` leaves."""
+    """Return the gradients of ``loss``, which must reach one of the first ``held`` leaves.
+
+    They are computed of scale · loss and divided by the scale.
+    """
+
+    def scale_on(device: torch.device) -> float | Tensor:
+        return scale.to(device) if isinstance(scale, Tensor) else scale
+
+    scaled = isinstance(scale, Tensor) or scale != 1
     if loss is None:
         return [None] * len(leaves)
     gradients: Sequence[Tensor | None] = ()
@@ -72,8 +86,9 @@ def gradients_of(
         try:
             # As `.backward()` should be: autocast would take float32 products in half precision.
             with torch.autocast(loss.device.type, enabled=False):
+                weight = torch.ones_like(loss).mul_(scale_on(loss.device)) if scaled else None
                 gradients = torch.autograd.grad(
-                    loss, leaves, retain_graph=retain_graph, allow_unused=True
+                    loss, leaves, weight, retain_graph=retain_graph, allow_unused=True
                 )
         except RuntimeError as error:
             if "donated buffer" not in str(error):
@@ -95,4 +110,4 @@ def gradients_of(
                 f"`{name}` must give dense gradients; a parameter of shape {tuple(leaf.shape)} "
                 "gets a sparse one. Build the embedding with sparse=False."
             )
-    return list(gradients)
+    return [g if g is None or not scaled else g / scale_on(g.device) for g in gradients]

@@ -19,7 +19,7 @@ from graph_kd._distributed import (
     check_process_group,
 )
 from graph_kd._gate import Gate, Scope, merge_gradients
-from graph_kd._optimizer_shell import OptimizerShell, OptimizerState, kept_in
+from graph_kd._optimizer_shell import COUNTS, OptimizerShell, OptimizerState, kept_in
 
 __all__ = ["GatedGradClip"]
 
@@ -53,7 +53,10 @@ class GatedGradClip(OptimizerShell):
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
     is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
-    sees scaled norms. Scaling one loss changes every gate.
+    sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
+    overflow where the task's does not, and `GradScaler` does not see that. So each skipped step
+    halves a scale of the transfer loss alone, by which its gradient is divided again; 2000 steps
+    without one double it, up to one. A run in float16 begins with some skipped steps.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself: `zero_grad` does not. Leaves are found in
@@ -161,7 +164,8 @@ class GatedGradClip(OptimizerShell):
         trained = _trained(state.params)  # what can not be trained is told before a step
         if capturable:
             device = trained[0].device if trained else None
-            state.skipped = torch.zeros((), dtype=torch.int64, device=device)
+            for name in COUNTS:
+                setattr(state, name, torch.zeros((), dtype=torch.int64, device=device))
         self.__setstate__({"_shared": state})
 
     def backward(self, task_loss: Tensor, transfer_loss: Tensor | None = None) -> None:
@@ -185,7 +189,12 @@ class GatedGradClip(OptimizerShell):
         two = transfer_loss is not None
         task = gradients_of("task_loss", task_loss, params, len(held), retain_graph=two)
         transfer = gradients_of(
-            "transfer_loss", transfer_loss, params, len(held), retain_graph=False
+            "transfer_loss",
+            transfer_loss,
+            params,
+            len(held),
+            retain_graph=False,
+            scale=2.0**shared.scale_exponent,
         )
         if group is not None:  # 2
             alike = shared.capturable  # to compare would wait for the other processes
@@ -209,8 +218,11 @@ class GatedGradClip(OptimizerShell):
         for p, gradient, its_sums in zip(params, merged, sums, strict=True):
             shared.sums.leave(p, gradient, its_sums)
 
-        shared.skipped += skipped > skip  # that is "skipped and not skip": once a step
+        overflow = skipped > skip  # that is "skipped and not skip": once a step
+        shared.skipped += overflow
         shared.sums.skipped = skipped
+        if two:
+            shared.adapt_scale(overflow)
 
     @property
     def gates(self) -> list[float]:

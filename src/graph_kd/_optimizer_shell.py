@@ -16,7 +16,10 @@ from graph_kd._distributed import HoldsProcessGroup
 from graph_kd._gate import Gate, Scope
 from graph_kd._gradient_sums import GradientSums
 
-__all__ = ["OptimizerShell", "OptimizerState", "kept_in"]
+__all__ = ["COUNTS", "OptimizerShell", "OptimizerState", "kept_in"]
+
+COUNTS = ("skipped", "scale_exponent", "calm_steps")  # in a checkpoint; tensors if capturable
+CALM, LEAST = 2000, -24  # steps, as torch's GradScaler; 2**-24 is the least number of float16
 
 
 @dataclass(eq=False)
@@ -30,6 +33,10 @@ class OptimizerState(HoldsProcessGroup):
     process_group: dist.ProcessGroup | None
     capturable: bool
     skipped: int | Tensor = 0
+    scale_exponent: int | Tensor = (
+        0  # the transfer loss is scaled by 2**scale_exponent, its gradient back
+    )
+    calm_steps: int | Tensor = 0  # steps since the last overflow
     warned: bool = False
     sums: GradientSums = field(default_factory=GradientSums)
 
@@ -38,9 +45,20 @@ class OptimizerState(HoldsProcessGroup):
         """All parameters of the wrapped optimizer."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def adapt_scale(self, overflow: bool | Tensor) -> None:
+        """Halve the scale of the transfer loss after an overflow, double it after a long calm.
+
+        `GradScaler` does not see the overflow: the merged gradient has none.
+        """
+        # In place, so that a captured step finds its tensors again.
+        self.calm_steps += 1
+        grows = (self.calm_steps % CALM == 0) & (self.scale_exponent < 0)
+        self.scale_exponent += grows + -1 * (overflow & (self.scale_exponent > LEAST))
+        self.calm_steps *= overflow < 1
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy counts on its own: of a tensor, the sum is another one.
-        state = super().__getstate__() | {"skipped": self.skipped + 0}
+        state = super().__getstate__() | {name: getattr(self, name) + 0 for name in COUNTS}
         del state["sums"]
         return state
 
@@ -99,14 +117,15 @@ class OptimizerShell(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state_dict: either of the two loads it.
 
-        After a transfer gradient that was not finite it has "skipped" besides.
+        After a transfer gradient that was not finite it has `COUNTS` besides.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self._shared.optimizer.state_dict()
-        skipped = self._shared.skipped
-        if isinstance(skipped, Tensor) or skipped:  # to look at a tensor would sync
-            state_dict["skipped"] = skipped + 0
+        counts = {name: getattr(self._shared, name) + 0 for name in COUNTS}
+        # To look at a tensor would sync.
+        if isinstance(counts["skipped"], Tensor) or counts["skipped"] or counts["scale_exponent"]:
+            state_dict |= counts
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -119,11 +138,12 @@ class OptimizerShell(Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._shared.optimizer.load_state_dict(state_dict)
-        skipped = state_dict.get("skipped", 0)
-        if isinstance(self._shared.skipped, Tensor):  # in place: a captured step counts there
-            self._shared.skipped.copy_(torch.as_tensor(skipped))
-        else:
-            self._shared.skipped = int(skipped)
+        for name in COUNTS:
+            count = state_dict.get(name, 0)
+            if isinstance(mine := getattr(self._shared, name), Tensor):
+                mine.copy_(torch.as_tensor(count))  # in place: a captured step counts there
+            else:
+                setattr(self._shared, name, int(count))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
