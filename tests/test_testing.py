@@ -390,6 +390,17 @@ REFUSED = [
         "student_layers must be a list, one entry per layer; got '0'",
         pair(stages()) | {"student_layers": "0", "teacher_layers": "0"},
     ),
+    *[
+        (
+            rf"^{role}, layers .*: list the layers front to back, as they run: \['0', '2'\]",
+            pair(stages(), None, *layers),
+        )
+        for role, layers in (("Student", ("2 0", "0 2")), ("Teacher", ("0 2", "2 0")))
+    ],
+    (
+        "The 2 entries of `sample` are its arguments; of a batch .* pass the images alone",
+        pair(stages(), sample=(x, x[:, 0])),
+    ),
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
     *[
         (NO_SAMPLE, pair(stages()) | {"sample": sample})

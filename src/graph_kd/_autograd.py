@@ -12,6 +12,18 @@ __all__ = ["check_loss", "check_plain_parameter", "find_leaves", "gradients_of"]
 
 AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined] # not in the stubs
 
+ADVICE = {  # by what torch says
+    "donated buffer": (
+        "A compiled student must keep its buffers for the second gradient; this one donated them "
+        "to the first. Set `torch._functorch.config.donated_buffer = False` (after `import "
+        "torch._functorch.config`) before the model is compiled."
+    ),
+    "backward through the graph a second time": (
+        "`backward` frees the graph of its losses, so they can not go backward through the graph a "
+        "second time. Run the student, and compute both losses anew, for each `backward`."
+    ),
+}
+
 
 def check_loss(name: str, loss: Any) -> None:
     """Refuse what is no scalar tensor."""
@@ -91,13 +103,10 @@ def gradients_of(
                     loss, leaves, weight, retain_graph=retain_graph, allow_unused=True
                 )
         except RuntimeError as error:
-            if "donated buffer" not in str(error):
-                raise
-            raise RuntimeError(
-                "A compiled student must keep its buffers for the second gradient; this one "
-                "donated them to the first. Set `torch._functorch.config.donated_buffer = False` "
-                "(after `import torch._functorch.config`) before the model is compiled."
-            ) from error
+            for cause, advice in ADVICE.items():
+                if cause in str(error):
+                    raise RuntimeError(advice) from error
+            raise
     if all(gradient is None for gradient in gradients[:held]):
         raise ValueError(
             f"`{name}` must depend on the optimizer's parameters; none of the {held} gets a "

@@ -52,10 +52,13 @@ class Channels:
 @contextmanager
 def watch_channels(
     modules: dict[str, nn.Module], layers: Sequence[str]
-) -> Iterator[dict[str, Channels]]:
-    """Yield, for each of ``layers`` that runs, the last layer that ran by then and knows."""
+) -> Iterator[dict[str, Channels | None]]:
+    """Yield, for each of ``layers`` that runs, the last layer that ran by then and knows, or None.
+
+    The order is that in which they run.
+    """
     last: list[Channels] = []
-    found: dict[str, Channels] = {}
+    found: dict[str, Channels | None] = {}
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         count = next(getattr(module, name) for name in _COUNTS if hasattr(module, name))
@@ -65,7 +68,7 @@ def watch_channels(
             last[:] = [Channels(module, counts[0], output)]
 
     def keep(name: str) -> Any:
-        return lambda *_: found.update({name: last[0]} if last else {})
+        return lambda *_: found.update({name: last[0] if last else None})
 
     knowing = {module for module in modules.values() if isinstance(module, _LAST + _SECOND)}
     handles = [module.register_forward_hook(note) for module in knowing]

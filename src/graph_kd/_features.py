@@ -170,7 +170,8 @@ def read_matrices(
             if batch < fewest:
                 raise ValueError(
                     f"`{point}` must hold at least 2 samples: a graph relates samples to each "
-                    f"other; got {batch}. Drop the last incomplete batch of an epoch."
+                    f"other; got {batch}. Drop the last incomplete batch of an epoch, or train on "
+                    "the task alone: `optimizer.backward(task_loss)`."
                 )
             networks[-1][point] = to_rows(features, name=point, channel_dim=channel_dim)
     return networks

@@ -90,7 +90,8 @@ class GatedGradClip(OptimizerShell):
             factor. A factor that is not finite drops that step's transfer gradient.
         scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
         bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate. A
-            number > 0; may be set at any time, also to 0. Start at 3, try 1 and 10.
+            number > 0; may be set at any time, also to 0. Start at 3 with own heads and at 1 with
+            shared ones; try 1, 3 and 10.
         process_group: A `torch.distributed` group over which both gradients are averaged before any
             norm is taken: data parallelism without the DDP wrapper, or with it under `no_sync()`.
             Required among several processes: DDP does not average the second gradient. All must

@@ -208,7 +208,8 @@ def _feature(name: str, kept: list[_Output]) -> Tensor:
     if not kept:
         raise RuntimeError(
             f"Layer {name!r} did not run in the last forward pass. Call the model itself "
-            "before reading `features`, and name layers that its forward uses."
+            "before reading `features`, and name layers that its forward uses. If the model is "
+            "compiled, place the hooks before its first call; torch ignores later ones."
         )
     if len(kept) > 1:
         raise RuntimeError(

@@ -39,11 +39,12 @@ def assert_feature_hooks(
 ) -> None:
     """Assert that the layers can serve as sensing points of a distillation.
 
-    Checked: each layer runs once in a forward pass and gives a floating-point tensor, which no
-    in-place operation changes afterwards; axis 0 is the batch, and the channels are on the axis
-    where the loss looks for them; student and teacher have equal channels, or ``student_channels``,
-    point by point; the student's features carry gradient to its parameters and none to the
-    teacher's; the teacher's batch norms are not in training mode; no hook stays behind.
+    Checked: each layer runs once in a forward pass, in the order of the list, and gives a
+    floating-point tensor, which no in-place operation changes afterwards; axis 0 is the batch, and
+    the channels are on the axis where the loss looks for them; student and teacher have equal
+    channels, or ``student_channels``, point by point; the student's features carry gradient to its
+    parameters and none to the teacher's; the teacher's batch norms are not in training mode; no
+    hook stays behind.
 
     The models run twice each, in the mode they are in; the second time on one sample more, to see
     which axis is the batch. If a model raises on it, that check is left out. Buffers (running
@@ -130,6 +131,18 @@ class _Inputs:
         self.size = next((len(t) for t in tensors if len(t) > 1), len(tensors[0]))
         self.gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
 
+    def run(self, model: nn.Module) -> None:
+        """Call the model."""
+        try:
+            model(*self.listed, **self.named)
+        except TypeError as error:
+            if len(self.listed) < 2:
+                raise
+            raise TypeError(
+                f"{error}. The {len(self.listed)} entries of `sample` are its arguments; of a "
+                "batch (images, labels) pass the images alone."
+            ) from error
+
     def one_more(self) -> _Inputs:
         """Return the sample with its first entry again at the end."""
 
@@ -150,7 +163,7 @@ class _Side:
         self.role, self.model, self.layers = role, model, layers
         self.select, self.axis = select, axis
         self.where = f"{role}, layers {list(layers)}"
-        self.channels: dict[str, Channels] = {}
+        self.channels: dict[str, Channels | None] = {}
         with _assertions(self.where):
             self.plain = unwrap(model)
 
@@ -161,8 +174,12 @@ class _Side:
             hooks = FeatureHooks(self.model, self.layers, select=self.select)
             modules = named_modules(self.plain)
             with hooks, watch_channels(modules, self.layers) as self.channels:
-                self.model(*inputs.listed, **inputs.named)
+                inputs.run(self.model)
                 features = hooks.features
+        if list(self.channels) != list(hooks.layers):
+            raise AssertionError(
+                f"{self.where}: list the layers front to back, as they run: {list(self.channels)}."
+            )
         if self.hook_count() != attached:
             raise AssertionError(
                 f"{self.where}: a hook stayed attached. The forward pass added it; remove it there."
@@ -176,8 +193,9 @@ class _Side:
         points = []
         for layer, feature, select in zip(self.layers, features, selects, strict=True):
             points.append(_Point(self, layer, feature, inputs.size))
-            if not callable(select) and layer in self.channels:
-                points[-1].check_channel_axis(self.channels[layer])
+            found = self.channels[layer]
+            if not callable(select) and found is not None:
+                points[-1].check_channel_axis(found)
         return points
 
     def check_batch_axis(self, inputs: _Inputs) -> None:
