@@ -1,5 +1,7 @@
 """Feature lists of any layout: channel axes, mappings, and vectors that rounding alone decides."""
 
+from itertools import product
+
 import pytest
 import torch
 from einops import rearrange
@@ -79,20 +81,17 @@ def shuffled(mapping):
 
 
 @equal
-def test_mappings_are_paired_by_key(channels):
+def test_maps_come_in_any_iterable_and_those_of_mappings_are_paired_by_key(channels):
     loss = make(channels)
-    student, teacher = features(channels=channels), features(seed=1, channels=channels)
-    wanted = loss(student, teacher)
-    named_student, named_teacher = (
-        dict(zip("abc", maps, strict=True)) for maps in (student, teacher)
-    )
-    assert torch.equal(make(channels)(shuffled(named_student), named_teacher), wanted)
-    assert torch.equal(loss(named_student, named_teacher), wanted)
-    assert torch.equal(loss(shuffled(named_student), named_teacher), wanted)
-    assert torch.equal(loss(named_student, shuffled(named_teacher)), wanted)
-    assert torch.equal(loss(shuffled(named_student), shuffled(named_teacher)), wanted)
-    aligned = loss.graphs(shuffled(named_student), align_to=shuffled(named_teacher))
-    torch.testing.assert_close(aligned, loss.graphs(student, align_to=teacher), rtol=0, atol=0)
+    maps = features(channels=channels), features(seed=1, channels=channels)
+    wanted, graphs = loss(*maps), loss.graphs(maps[0], align_to=maps[1])
+    assert torch.equal(loss(*map(iter, maps)), wanted)
+    student, teacher = (dict(zip("abc", of_one, strict=True)) for of_one in maps)
+    assert torch.equal(make(channels)(shuffled(student), teacher), wanted)
+    for pair in product((student, shuffled(student)), (teacher, shuffled(teacher))):
+        assert torch.equal(loss(*pair), wanted)
+    aligned = loss.graphs(shuffled(student), align_to=shuffled(teacher))
+    torch.testing.assert_close(aligned, graphs, rtol=0, atol=0)
 
 
 @equal

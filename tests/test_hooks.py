@@ -647,11 +647,21 @@ def test_losses_keep_no_features_alive_and_make_no_cycles(request):
     assert all(ref() is None for ref in watched)
 
 
-def test_a_norm_of_the_teacher_whose_running_statistics_move_is_named():
+def test_a_norm_of_the_teacher_whose_running_statistics_move_is_named_once_a_loss():
     still = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.Dropout()
     norms = nn.Sequential(*still, nn.BatchNorm2d(4).eval(), nn.SyncBatchNorm(4))
     teacher = nn.Sequential(nn.Conv2d(3, 4, 1), norms)
-    hooks = FeatureHooks(teacher, ["0", "1"])
-    teacher(torch.randn(3, 3, 2, 2))
-    with pytest.warns(UserWarning, match=r"in training mode \(see '1\.4'\)"):
-        GraphTransferLoss([4, 4], 2).estimator_loss(hooks)
+    student = copy.deepcopy(teacher)
+    of_student, of_teacher = (FeatureHooks(net, ["0", "1"]) for net in (student, teacher))
+    images = torch.randn(3, 3, 2, 2)
+    student(images), teacher(images)
+    message = r"teacher is in training mode \(see '1\.4'\).*teacher\.eval\(\)"
+    loss, another = (GraphTransferLoss([4, 4], 2) for _ in range(2))
+    with pytest.warns(UserWarning, match=message):
+        loss(of_student, of_teacher)
+    loss.estimator_loss(of_teacher)  # warnings are errors here
+    with pytest.warns(UserWarning, match=message) as caught:
+        another.estimator_loss(of_teacher)
+    assert caught[0].filename == __file__
+    teacher.eval()(images), student(images)
+    GraphTransferLoss([4, 4], 2)(of_student, of_teacher)  # the student trains

@@ -334,26 +334,6 @@ def test_graphs_say_whose_they_are_where_channels_agree():
     assert torch.equal(other.graphs(maps)[0], other.graphs(maps, of="student")[0])
 
 
-@pytest.mark.parametrize(
-    "student",
-    [
-        features(size=2),
-        [torch.randn(6, 7, c, dtype=torch.float64) for c in TEACHER],
-        [torch.randn(6, c, dtype=torch.float64) for c in TEACHER],
-        [torch.randn(6, c, 2, 3, 3, dtype=torch.float64) for c in TEACHER],
-    ],
-    ids=["maps", "tokens", "vectors", "video"],
-)
-def test_teacher_and_student_may_differ_in_rank_and_space(student):
-    assert make()(student, features()).isfinite()
-
-
-@pytest.mark.parametrize("given", [iter, lambda maps: dict(zip("abc", maps, strict=True))])
-def test_features_may_be_any_iterable_or_a_mapping(given):
-    loss, student, teacher = make(), features(), features(seed=1)
-    assert torch.equal(loss(given(student), given(teacher)), loss(student, teacher))
-
-
 def test_moves_to_another_precision():
     student, teacher = [f.float() for f in features()], [f.half() for f in features(seed=1)]
     value = make().float()(student, teacher)
@@ -426,58 +406,3 @@ def test_a_state_of_version_0_1_fits_a_loss_without_student_channels():
 def test_settings_are_shown():
     assert "channels=[6, 8, 10], k=1, student_k=4, squash='tanh'" in repr(make(squash="tanh"))
     assert "channels=[6, 8, 10], student_channels=[5, 4, 7], k=1" in repr(make("own heads"))
-
-
-def hooked(seed):
-    torch.manual_seed(seed)
-    net = network(TEACHER).double()
-    return net, FeatureHooks(net, ["1", "4", "7"])
-
-
-IMAGES = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-
-
-@pytest.mark.parametrize("form", ["paper", "own heads, equal channels"])
-@pytest.mark.parametrize("as_list", [True, False], ids=["features", "hooks"])
-def test_a_second_step_on_features_of_the_first_is_refused(form, as_list):
-    """A copy of the teacher runs, so that its hooks still show the first batch."""
-    loss = make(form)
-    (student, of_student), (teacher, of_teacher) = hooked(1), hooked(2)
-    student.eval(), teacher.eval()
-    twin = copy.deepcopy(teacher)
-
-    def step(model, images):
-        student(images)
-        model(images)
-        return loss(*(h.features if as_list else h for h in (of_student, of_teacher)))
-
-    step(teacher, IMAGES[0]), step(teacher, IMAGES[1])
-    with pytest.raises(RuntimeError, match=r"The teacher's features .*'1'.* a copy of it runs"):
-        step(twin, IMAGES[0])
-    step(teacher, IMAGES[0])
-
-
-def test_the_heads_notice_that_a_copy_of_the_teacher_runs():
-    loss, (teacher, of_teacher) = make(), hooked(2)
-    teacher.eval()(IMAGES[0])
-    for _ in range(2):  # several steps on one batch are the user's to choose
-        loss.estimator_loss(of_teacher)
-    copy.deepcopy(teacher)(IMAGES[1])
-    with pytest.raises(RuntimeError, match=r"teacher's features .*earlier step"):
-        loss.estimator_loss(of_teacher)
-
-
-def test_a_teacher_with_batch_norm_in_training_mode_is_warned_of_once():
-    loss, (student, of_student), (teacher, of_teacher) = make(), hooked(1), hooked(2)
-    student(IMAGES[0]), teacher(IMAGES[0])
-    with pytest.warns(
-        UserWarning, match=r"teacher is in training mode \(see '1'\).*teacher\.eval\(\)"
-    ):
-        loss(of_student, of_teacher)
-    loss.estimator_loss(of_teacher)
-    with pytest.warns(UserWarning, match="is in training mode") as caught:
-        make().estimator_loss(of_teacher)
-    assert caught[0].filename == __file__
-    student(IMAGES[0]), teacher.eval()(IMAGES[0])
-    make().estimator_loss(of_teacher)
-    make()(of_student, of_teacher)  # the student trains
