@@ -96,14 +96,6 @@ def test_permuting_samples_permutes_rows_and_columns_and_leaves_the_loss(seed):
     )
 
 
-@given(seed=seeds)
-def test_estimates_are_unit_rows_and_the_loss_is_a_cosine_distance(seed):
-    estimator, (front, back) = make(seed), vectors(seed)
-    norms = estimator(front, back).norm(dim=1)
-    torch.testing.assert_close(norms, torch.ones_like(norms))
-    assert 0 <= estimator.loss(front, back) <= 2
-
-
 @given(seed=seeds, num_heads=st.integers(2, 8))
 def test_some_head_stays_and_some_head_goes_in_every_row(seed, num_heads):
     torch.manual_seed(seed)
@@ -122,13 +114,6 @@ def test_heads_are_dropped_at_random_in_training_alone(settings, training):
     random = training and not settings
     assert (estimator.draw_kept_heads(back) is not None) == random
     assert torch.equal(estimator(front, back), estimator(front, back)) != random
-
-
-def test_gradient_reaches_every_parameter_and_both_inputs():
-    estimator, (front, back) = make(), vectors()
-    estimator.loss(front.requires_grad_(), back.requires_grad_()).backward()
-    for name, parameter in [*estimator.named_parameters(), ("front", front), ("back", back)]:
-        assert parameter.grad is not None, name
 
 
 def test_gradcheck_of_logits_and_loss():
@@ -155,13 +140,6 @@ def test_state_dict_reads_like_the_method():
         "f2.bias": (24,),
     }
     assert "num_heads=8, head_channels=20" in repr(estimator)
-
-
-def test_autocast_has_no_effect():
-    estimator, (front, back) = make().float().eval(), (rows.float() for rows in vectors())
-    wanted = estimator(front, back)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(estimator(front, back), wanted)
 
 
 @pytest.mark.parametrize("whole_norms", [False, True])

@@ -321,13 +321,16 @@ def test_the_choice_of_a_vector_is_made_in_the_higher_precision_of_the_two():
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_sample_without_any_vector_has_no_partner_at_a_point_of_few_candidates(capturable):
+@pytest.mark.parametrize("student_channels", [None, (8, 8)], ids=["paper", "own heads"])
+def test_a_sample_without_a_vector_is_no_error_at_a_point_of_few_candidates(
+    student_channels, capturable
+):
     """Points with fewer candidates than others are padded; the padding is never chosen."""
     maps = [torch.randn(4, 8, 3, 3), torch.randn(4, 8, 2, 1)]
     students = [m.clone() for m in maps]
     students[1][2] = 0
-    loss = GraphTransferLoss([8, 8], num_heads=1, capturable=capturable)
-    assert loss(students, maps).isfinite()
+    settings = {"student_channels": student_channels, "capturable": capturable}
+    assert GraphTransferLoss([8, 8], num_heads=1, **settings)(students, maps).isfinite()
 
 
 # Refusals.

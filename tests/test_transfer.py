@@ -318,11 +318,6 @@ def test_graphs_are_those_of_the_loss_and_leave_no_trace(form, training):
     torch.testing.assert_close(divergence, loss(student, teacher).detach())
 
 
-def test_graphs_of_a_network_aligned_to_itself_are_its_graphs():
-    loss, teacher = make(), features()
-    torch.testing.assert_close(loss.graphs(teacher, align_to=teacher), loss.graphs(teacher))
-
-
 def test_graphs_say_whose_they_are_where_channels_agree():
     loss, maps = make("own heads, equal channels"), features()
     teachers, own = loss.graphs(maps, of="teacher"), loss.graphs(maps, of="student")
@@ -332,14 +327,6 @@ def test_graphs_say_whose_they_are_where_channels_agree():
     other = make("own heads")  # only the student has these channels
     maps = features("own heads")
     assert torch.equal(other.graphs(maps)[0], other.graphs(maps, of="student")[0])
-
-
-def test_moves_to_another_precision():
-    student, teacher = [f.float() for f in features()], [f.half() for f in features(seed=1)]
-    value = make().float()(student, teacher)
-    assert value.dtype == torch.float32
-    wanted = make()([f.double() for f in student], [f.double() for f in teacher])
-    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
