@@ -1,9 +1,11 @@
 """The training of the recipes in examples/integrations/, written out in pure PyTorch."""
 
 import contextlib
+import os
 import socket
 
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,19 +28,32 @@ def pair(make, for_student, for_teacher):
     return make(for_student), make(for_teacher)
 
 
-def train_heads(transfer, teacher, points):
-    """Train the attention heads, from the same start and in the same way at every call."""
+def features_of(teacher, points):
+    """Yield the teacher's features of each batch."""
+    with FeatureHooks(teacher, points) as hooks:
+        for images, _ in loader():
+            teacher(images)
+            yield hooks.features
+
+
+def train_heads(transfer, features):
+    """Train the attention heads from the same start at every call, in each process alone."""
     torch.manual_seed(2)
     for module in transfer.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1)
-    with FeatureHooks(teacher, points) as teacher_hooks:
-        for images, _ in loader():
-            teacher(images)
-            heads.zero_grad()
-            transfer.estimator_loss(teacher_hooks.features).backward()
-            heads.step()
+    group, transfer.process_group = transfer.process_group, None
+    for maps in features:
+        heads.zero_grad()
+        transfer.estimator_loss(maps).backward()
+        heads.step()
+    transfer.process_group = group
+
+
+def heads_of(recipe):
+    """Return what trains the heads so in place of the recipe's own function."""
+    return lambda transfer, teacher, *_: train_heads(transfer, features_of(teacher, recipe.POINTS))
 
 
 def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.nullcontext):
@@ -64,6 +79,14 @@ def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.n
                 optimizer.zero_grad()
                 schedule.step()
     return optimizer
+
+
+def trained(recipe, for_student, for_teacher, transfer, **settings):
+    """Return the student of a recipe as this loop trains it."""
+    student, teacher = pair(recipe.network, for_student, for_teacher)
+    heads_of(recipe)(transfer, teacher)
+    train(student, teacher, transfer, recipe.POINTS, **settings)
+    return student.state_dict()
 
 
 @contextlib.contextmanager
@@ -93,6 +116,37 @@ def assert_equal(got, wanted, tolerance=1e-6):
         torch.testing.assert_close(
             got[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def assert_same_training(run, expected):
+    """Compare the losses of all steps, and the parameters at the end."""
+    with losses_of() as losses:
+        got = run()
+    with losses_of() as wanted:
+        assert_equal(got, expected())
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted))
+
+
+def forget_accelerate():
+    """Let accelerate forget the run before; it keeps its state in class attributes."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def in_two_processes(work, folder):
+    """Have each of two processes, which a framework may join, call ``work(rank, folder)``."""
+    mp.spawn(_join, args=(free_port(), work, folder), nprocs=2)
+
+
+def _join(rank, port, work, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    work(rank, folder)
+    torch.distributed.destroy_process_group()
 
 
 def free_port():

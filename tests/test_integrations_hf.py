@@ -1,20 +1,17 @@
 """The Trainer recipe is a plain loop: accumulated, clipped, resumed, padded, in two processes."""
 
 import math
-import os
 
 import broken_torchvision  # noqa: F401  # here too: processes that are spawned read no conftest
 import plain_loop
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `integrations`")
 pytest.importorskip("accelerate", reason="needs the extra `integrations`")
 
 import hf_trainer as recipe
-from accelerate.state import AcceleratorState, GradientState
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
@@ -60,17 +57,13 @@ def maps(hooks, batch):
 
 
 def train_heads(transfer, teacher, name):
-    torch.manual_seed(2)
-    for module in transfer.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    heads = torch.optim.SGD(transfer.estimators.parameters(), lr=0.1)
-    with FeatureHooks(teacher, MODELS[name][2]) as teacher_hooks:
-        for batch in batches(name):
-            teacher(**batch)
-            heads.zero_grad()
-            transfer.estimator_loss(maps(teacher_hooks, batch)).backward()
-            heads.step()
+    def features():
+        with FeatureHooks(teacher, MODELS[name][2]) as hooks:
+            for batch in batches(name):
+                teacher(**batch)
+                yield maps(hooks, batch)
+
+    plain_loop.train_heads(transfer, features())
 
 
 def plain(name):
@@ -103,15 +96,9 @@ def plain(name):
     return student.state_dict(), transfer.state_dict()
 
 
-def reset():
-    """Let accelerate forget the run before; it keeps its state in class attributes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def trainer(name, folder, batch=BATCH):
     """Return the recipe's trainer, on rows in their order."""
-    reset()
+    plain_loop.forget_accelerate()
     settings = transformers.TrainingArguments(
         str(folder),
         max_steps=STEPS,
@@ -138,9 +125,7 @@ def trainer(name, folder, batch=BATCH):
 
 def run(name, folder, batch=BATCH):
     made = trainer(name, folder, batch)
-    group, made.transfer.process_group = made.transfer.process_group, None
-    train_heads(made.transfer, made.teacher, name)  # on whole batches in each process
-    made.transfer.process_group = group
+    train_heads(made.transfer, made.teacher, name)
     made.train()
     return made.model.state_dict(), made.transfer.state_dict()
 
@@ -192,21 +177,17 @@ def test_more_padding_changes_nothing():
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_script_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reset()
+    plain_loop.forget_accelerate()
     recipe.main()
     assert (tmp_path / "runs/bert/checkpoint-8/distillation.pt").exists()
 
 
-def work(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def work(rank, folder):
     torch.save(run("bert", folder / "run", BATCH // 2)[0], folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    mp.spawn(work, args=(plain_loop.free_port(), tmp_path), nprocs=2)
+    plain_loop.in_two_processes(work, tmp_path)
     expected, _ = plain("bert")
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

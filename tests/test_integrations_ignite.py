@@ -19,27 +19,16 @@ def run(folder, epochs):
 
 
 def plain(epochs):
-    student, teacher = plain_loop.pair(recipe.network, 3, 5)
-    transfer = GraphTransferLoss(recipe.CHANNELS)
-    plain_loop.train_heads(transfer, teacher, recipe.POINTS)
-    plain_loop.train(student, teacher, transfer, recipe.POINTS, epochs=epochs)
-    return student.state_dict()
+    return plain_loop.trained(recipe, 3, 5, GraphTransferLoss(recipe.CHANNELS), epochs=epochs)
 
 
 @pytest.fixture(autouse=True)
 def plain_heads(monkeypatch):
-    def train_heads(transfer, teacher, *_):
-        plain_loop.train_heads(transfer, teacher, recipe.POINTS)
-
-    monkeypatch.setattr(recipe, "train_heads", train_heads)
+    monkeypatch.setattr(recipe, "train_heads", plain_loop.heads_of(recipe))
 
 
 def test_accumulated_training_is_the_plain_loop(tmp_path):
-    with plain_loop.losses_of() as got:
-        student = run(tmp_path, 2)
-    with plain_loop.losses_of() as expected:
-        plain_loop.assert_equal(student, plain(2))
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected))
+    plain_loop.assert_same_training(lambda: run(tmp_path, 2), lambda: plain(2))
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):

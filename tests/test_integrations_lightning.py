@@ -1,12 +1,11 @@
 """The Lightning and Fabric recipes are the plain loop: in every precision, resumed, in parallel."""
 
-import os
+from unittest import mock
 
 import broken_torchvision  # noqa: F401  # here too: processes that are spawned read no conftest
 import plain_loop
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 L = pytest.importorskip("lightning", reason="needs the extra `integrations`")
 
@@ -36,122 +35,74 @@ QUIET = {
 RECIPES = {
     "manual": lightning_module.Distillation,
     "automatic": lightning_module.AutomaticDistillation,
+    "fabric": None,
 }
+forms = pytest.mark.parametrize("form", RECIPES)
 
 
-def module(form):
+def run(form, folder, epochs, *, loader=None, **settings):
+    """Train by a recipe, on from the checkpoint of a folder; return the student's parameters."""
+    resumes = (folder / "last.ckpt").exists()
+    loader = loader or plain_loop.loader()
     student, teacher = plain_loop.pair(lightning_module.network, 3, 5)
+    torch.manual_seed(9)  # heads that are neither trained nor loaded are no others'
+    if form == "fabric":
+        fabric = L.Fabric(accelerator="cpu", **settings)
+        fabric.launch()
+        heads = None if resumes else plain_loop.heads_of(fabric_loop)
+        with mock.patch.object(fabric_loop, "train_heads", heads):
+            fabric_loop.train(fabric, student, teacher, loader, folder, epochs)
+        return student.state_dict()
     transfer = GraphTransferLoss(lightning_module.CHANNELS)
-    plain_loop.train_heads(transfer, teacher, lightning_module.POINTS)
+    if not resumes:
+        plain_loop.heads_of(lightning_module)(transfer, teacher)
     made = RECIPES[form](teacher, transfer)
     made.student.load_state_dict(student.state_dict())
-    return made
-
-
-def fit(made, epochs, *, loader=None, ckpt_path=None, **settings):
     if made.automatic_optimization:
         settings |= {"accumulate_grad_batches": plain_loop.ACCUMULATE}
         settings |= {"gradient_clip_val": plain_loop.CLIP}
     trainer = L.Trainer(max_epochs=epochs, **QUIET, **settings)
-    trainer.fit(made, loader or plain_loop.loader(), ckpt_path=ckpt_path)
-    return trainer
+    trainer.fit(made, loader, ckpt_path=folder / "last.ckpt" if resumes else None)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    assert trainer.global_step == 2 * epochs
+    assert len(trainer.optimizers[0].gates) == 6  # what the shell's `backward` did is seen here
+    return made.student.state_dict()
 
 
 def plain(epochs, precision=None):
-    student, teacher = plain_loop.pair(lightning_module.network, 3, 5)
-    transfer = GraphTransferLoss(lightning_module.CHANNELS)
-    plain_loop.train_heads(transfer, teacher, lightning_module.POINTS)
-
     def autocast():
         return torch.autocast("cpu", precision, enabled=precision is not None)
 
-    args = student, teacher, transfer, lightning_module.POINTS
-    plain_loop.train(*args, epochs=epochs, autocast=autocast)
-    return student.state_dict()
+    transfer = GraphTransferLoss(lightning_module.CHANNELS)
+    settings = {"epochs": epochs, "autocast": autocast}
+    return plain_loop.trained(lightning_module, 3, 5, transfer, **settings)
 
 
-@pytest.mark.parametrize("form", RECIPES)
-def test_accumulated_training_is_the_plain_loop(form):
-    made = module(form)
-    with plain_loop.losses_of() as got:
-        trainer = fit(made, 2)
-    with plain_loop.losses_of() as expected:
-        plain_loop.assert_equal(made.student.state_dict(), plain(2))
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected))
-    assert trainer.global_step == 4
-    assert len(trainer.optimizers[0].gates) == 6  # what the shell's `backward` did is seen here
+@forms
+def test_accumulated_training_is_the_plain_loop(form, tmp_path):
+    plain_loop.assert_same_training(lambda: run(form, tmp_path, 2), lambda: plain(2))
 
 
-@pytest.mark.parametrize("form", RECIPES)
-def test_bfloat16_is_the_plain_loop_under_autocast(form):
-    made = module(form)
-    fit(made, 1, precision="bf16-mixed")
-    plain_loop.assert_equal(made.student.state_dict(), plain(1, torch.bfloat16))
-
-
-@pytest.mark.parametrize("form", RECIPES)
-def test_float16_is_the_plain_loop_under_autocast(form):
-    made = module(form)
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
-    fit(made, 1, plugins=[plugin])
-    # Scaled by powers of two: the same but for what is too small for float16.
-    plain_loop.assert_equal(made.student.state_dict(), plain(1, torch.float16), tolerance=1e-4)
-    assert plugin.scaler.get_scale() == 256.0
-
-
-@pytest.mark.parametrize("form", RECIPES)
-def test_resumed_run_is_the_uninterrupted_one(form, tmp_path):
-    fit(module(form), 1).save_checkpoint(tmp_path / "last.ckpt")
-    torch.manual_seed(9)
-    _, teacher = plain_loop.pair(lightning_module.network, 3, 5)
-    made = RECIPES[form](teacher, GraphTransferLoss(lightning_module.CHANNELS))  # other heads
-    fit(made, 2, ckpt_path=tmp_path / "last.ckpt")
-    plain_loop.assert_equal(made.student.state_dict(), plain(2))
-
-
-def train_by_fabric(folder, epochs, *, batch=plain_loop.BATCH, **settings):
-    fabric = L.Fabric(accelerator="cpu", **settings)
-    fabric.launch()
-    student, teacher = plain_loop.pair(fabric_loop.network, 3, 5)
-    fabric_loop.train(fabric, student, teacher, plain_loop.loader(batch), folder, epochs)
-    return student.state_dict()
-
-
-def use_plain_heads(transfer, teacher, *_):
-    """Train the heads on whole batches in each process."""
-    group, transfer.process_group = transfer.process_group, None
-    plain_loop.train_heads(transfer, teacher, fabric_loop.POINTS)
-    transfer.process_group = group
-
-
-def test_fabric_accumulates_as_the_plain_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(fabric_loop, "train_heads", use_plain_heads)
-    with plain_loop.losses_of() as got:
-        student = train_by_fabric(tmp_path, 2)
-    with plain_loop.losses_of() as expected:
-        plain_loop.assert_equal(student, plain(2))
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected))
-
-
-def test_fabric_in_bfloat16_is_the_plain_loop_under_autocast(tmp_path, monkeypatch):
-    monkeypatch.setattr(fabric_loop, "train_heads", use_plain_heads)
-    got = train_by_fabric(tmp_path, 1, precision="bf16-mixed")
+@forms
+def test_bfloat16_is_the_plain_loop_under_autocast(form, tmp_path):
+    got = run(form, tmp_path, 1, precision="bf16-mixed")
     plain_loop.assert_equal(got, plain(1, torch.bfloat16))
 
 
-def test_fabric_in_float16_is_the_plain_loop_under_autocast(tmp_path, monkeypatch):
-    monkeypatch.setattr(fabric_loop, "train_heads", use_plain_heads)
-    plugin = FabricMixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
-    got = train_by_fabric(tmp_path, 1, plugins=[plugin])
+@forms
+def test_float16_is_the_plain_loop_under_autocast(form, tmp_path):
+    mixed = FabricMixedPrecision if form == "fabric" else MixedPrecision
+    plugin = mixed("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    got = run(form, tmp_path, 1, plugins=[plugin])
+    # Scaled by powers of two: the same but for what is too small for float16.
     plain_loop.assert_equal(got, plain(1, torch.float16), tolerance=1e-4)
+    assert plugin.scaler.get_scale() == 256.0
 
 
-def test_fabric_resumes_as_if_uninterrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(fabric_loop, "train_heads", use_plain_heads)
-    train_by_fabric(tmp_path, 1)
-    monkeypatch.delattr(fabric_loop, "train_heads")  # they come from the checkpoint
-    torch.manual_seed(9)  # other heads to begin with
-    plain_loop.assert_equal(train_by_fabric(tmp_path, 2), plain(2))
+@forms
+def test_resumed_run_is_the_uninterrupted_one(form, tmp_path):
+    run(form, tmp_path, 1)
+    plain_loop.assert_equal(run(form, tmp_path, 2), plain(2))
 
 
 @pytest.mark.parametrize("recipe", [lightning_module, fabric_loop])
@@ -160,29 +111,20 @@ def test_script_runs(recipe, tmp_path, monkeypatch):
     recipe.main()
 
 
-def work(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    together = {"devices": 2, "strategy": "ddp"}
-    half = plain_loop.BATCH // 2
-    data = plain_loop.loader().dataset
-    sampler = DistributedSampler(data, 2, rank, shuffle=False)  # Lightning's own would shuffle
-    loader = DataLoader(data, half, sampler=sampler)
+def work(rank, folder):
+    data, half = plain_loop.loader().dataset, plain_loop.BATCH // 2
     for form in RECIPES:
-        made = module(form)
-        fit(made, 1, loader=loader, use_distributed_sampler=False, **together)
-        torch.save(made.student.state_dict(), folder / f"{form}{rank}.pt")
-    fabric_loop.train_heads = use_plain_heads
-    torch.save(
-        train_by_fabric(folder / "run", 1, batch=half, **together), folder / f"fabric{rank}.pt"
-    )
+        settings = {"devices": 2, "strategy": "ddp", "loader": plain_loop.loader(half)}
+        if form != "fabric":  # Lightning's own sampler would shuffle
+            sampler = DistributedSampler(data, 2, rank, shuffle=False)
+            settings["loader"] = DataLoader(data, half, sampler=sampler)
+            settings["use_distributed_sampler"] = False
+        torch.save(run(form, folder / form, 1, **settings), folder / f"{form}{rank}.pt")
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    mp.spawn(work, args=(plain_loop.free_port(), tmp_path), nprocs=2)
-    for name in [*RECIPES, "fabric"]:
+    plain_loop.in_two_processes(work, tmp_path)
+    for form in RECIPES:
         for rank in range(2):
-            got = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            got = torch.load(tmp_path / f"{form}{rank}.pt", weights_only=True)
             plain_loop.assert_equal(got, plain(1))
