@@ -120,6 +120,7 @@ def test_accepts_every_floating_point_type(dtype):
     assert SVDFeature()(torch.ones(2, 3, dtype=dtype)).isfinite().all()
 
 
+DOUBLE = [m.double() for m in maps()]
 CONVERT = r"^`features` must be a floating-point tensor; got {}\. Convert it with `\.float\(\)`"
 VALUES = [
     *[(partial(SVDFeature(), torch.zeros(2, 3, dtype=d)), TypeError, CONVERT.format(d))
@@ -156,6 +157,10 @@ VALUES = [
      r"`channel_dim` must name an axis of `teacher_features\[0\]`"),
     (partial(loss(channel_dim=-1).estimator_loss, maps()), ValueError,
      r"6 channels on axis 3.*6 entries are on axis 1.*channel_dim=1"),
+    (partial(loss(capturable=True).double(), DOUBLE, DOUBLE), TypeError,
+     r"`student_features\[0\]` must not be float64 with capturable=True"),
+    (partial(align_singular_vectors, torch.ones(2, 4, 5), None), TypeError,
+     r"`teacher` must be a tensor; got NoneType"),
     (partial(align_singular_vectors, torch.ones(2, 0, 5), torch.ones(2, 1, 5)), ValueError,
      r"`student` must hold at least one candidate"),
     *[(partial(align_singular_vectors, torch.ones(2, 3, 5), torch.ones(2, 1, 5), null=null),

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel
 
 from graph_kd.testing import assert_feature_hooks
 
@@ -271,7 +270,6 @@ def gives(function):
 AXES = r"must give axes b c h w, b c t h w, b n c or b c with b = 4, as the sample; it gave shape "
 BATCH = r"must have the batch on axis 0; with 4 samples and with 5 it gave 4 entries there\. "
 FIRST = r"If the sequence comes first, build the layer with `batch_first=True`, or pass `role_sele"
-SCRIPT = "`model` must not be a ScriptModule"
 AXIS = r"gave shape .*: axis 1, where the loss looks for the channels, has \d entries, but "
 ON_3 = AXIS + r"\w+ gives 8 channels, on axis 3\. Pass `channel_dim=-1`, or for the role al"
 RANK_3 = r"axis 2, .* on axis 1\. Maps of rank 3 are read as tokens b n c: pass `\w+_select="
@@ -294,15 +292,7 @@ WRONG = {
     "in place": ("changed in place", lambda: stages(nn.ReLU(inplace=True)), "1", VECTORS),
     "tuple": ("gave tuple .*Pass `role_select=0`", lambda: chain(nn.GRU(6, 8)), "0", VECTORS),
     "unknown": (r"no 'm\.0\.1'\. The nearest names are '0\.1'\.$", convolutions, "m.0.1", IMAGES),
-    "twice": ("ran 2 times", lambda: chain(nn.Linear(6, 8), *[nn.Tanh()] * 2), "1", VECTORS),
     "no module": ("`model` must be a torch.nn.Module; got NoneT", lambda: None, "0", VECTORS),
-    "data parallel": (
-        "must not be or hold a DataParallel",
-        lambda: DataParallel(stages()),
-        "0",
-        VECTORS,
-    ),
-    "script": (SCRIPT, lambda: torch.jit.script(stages()), "0", VECTORS),
     # The batch is not on axis 0, even where the sequence is as long.
     "long": (rf"{AXES}\(7, 4, 8\)\. {FIRST}", lambda: sequences(nn.Linear(8, 8)), "2", LONG),
     "short": (BATCH + FIRST, lambda: sequences(nn.Linear(8, 8)), "2", TOKENS),
