@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ForwardPass", "check_estimator_fresh", "check_fresh", "training_norms"]
+__all__ = ["ForwardPass", "check_fresh", "training_norms"]
 
 # The model and the names of the hooked layers. Hooks that are placed anew for every step are one
 # source. Weak references stay different where a new model takes the id of one that is gone.
@@ -80,10 +80,8 @@ def check_fresh(student: list[Any], teacher: list[Any]) -> None:
 
     A list that was used before may be used again: the user holds it on purpose. Features read anew
     must come from a new forward pass, unless they are used with the same partner, or with that of
-    another model. A loss without gradient is no step.
-
-    Raises:
-        RuntimeError: features of one forward pass were read twice, for different steps.
+    another model. A teacher that trains its heads is its own partner: any number of steps on one
+    batch may be meant, until a copy of it runs. A loss without gradient is no step.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
@@ -96,18 +94,6 @@ def check_fresh(student: list[Any], teacher: list[Any]) -> None:
         ours.refuse_stale("student", theirs)
         ours.use(theirs)
     theirs.use(partner)
-
-
-def check_estimator_fresh(teacher: list[Any]) -> None:
-    """Raise if attention heads train on one pass twice while a copy of the hooked model ran.
-
-    Raises:
-        RuntimeError: features of one forward pass were read twice, and a copy ran since.
-    """
-    theirs = None if torch.compiler.is_compiling() else _pass_of(teacher)
-    if theirs is not None:  # its own partner: any number of steps on one batch may be meant
-        theirs.refuse_stale("teacher", theirs)
-        theirs.use(theirs)
 
 
 def training_norms(features: Iterable[Any]) -> list[str]:

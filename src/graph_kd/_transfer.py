@@ -37,7 +37,7 @@ from graph_kd._features import (
     in_order,
     read_matrices,
 )
-from graph_kd._forward_pass import check_estimator_fresh, check_fresh, training_norms
+from graph_kd._forward_pass import check_fresh, training_norms
 from graph_kd._graphs import Embeddings, Squash, divergence, log_graph
 from graph_kd._heads import AttentionHeads
 from graph_kd._svd import TopVectors, top_singular_vectors
@@ -200,8 +200,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
         (teacher,) = self._read(maps, self.teacher_layout)
         self._keys = keys
-        check_estimator_fresh(*maps.values())
-        self._warn_of_training(*maps.values())
+        check_fresh(maps["teacher_features"], maps["teacher_features"])
+        self._warn_of_training(maps["teacher_features"])
         losses = []
         pairs = _neighbours(self._top_rows(teacher))
         for heads, (front, back) in zip(self.estimators, pairs, strict=True):
