@@ -66,19 +66,18 @@ def _counts(argument: str, channels: Any) -> tuple[int, ...]:
 def check_channel_dim(channel_dim: Any) -> tuple[int | None, int | None]:
     """Return the channel axes of the teacher's and of the student's maps."""
     pair = channel_dim if isinstance(channel_dim, Sequence) else (channel_dim, channel_dim)
-    kinds = all(a is None or (isinstance(a, int) and not isinstance(a, bool)) for a in pair)
-    if len(pair) != 2 or not kinds:
+    given = [axis for axis in pair if axis is not None]
+    if len(pair) != 2 or any(isinstance(a, bool) or not isinstance(a, int) for a in given):
         raise TypeError(
             "`channel_dim` must be an int, None, or a pair of them (teacher, student); "
             f"got {channel_dim!r}."
         )
-    if any(a is not None and (a == 0 or not -4 <= a <= 4) for a in pair):
+    if any(a == 0 or abs(a) > 4 for a in given):
         raise ValueError(
             "`channel_dim` must name an axis of maps of rank 4 or 5 other than the batch axis 0; "
             f"got {channel_dim!r}."
         )
-    teacher, student = pair
-    return teacher, student
+    return pair[0], pair[1]
 
 
 def channel_axis(features: Tensor, name: str, channel_dim: int | None) -> int:
@@ -92,7 +91,7 @@ def channel_axis(features: Tensor, name: str, channel_dim: int | None) -> int:
                 f"say with `channel_dim` where the channels are."
             )
         return 1 if rank >= 4 else rank - 1
-    if rank < 2 or not -rank <= channel_dim < rank or channel_dim % rank == 0:
+    if not -rank <= channel_dim < rank or channel_dim % rank == 0:
         raise ValueError(
             f"`channel_dim` must name an axis of `{name}` other than the batch axis 0; "
             f"got {channel_dim} for shape {tuple(features.shape)}."
@@ -100,16 +99,14 @@ def channel_axis(features: Tensor, name: str, channel_dim: int | None) -> int:
     return channel_dim % rank
 
 
-def to_rows(features: Tensor, *, name: str = "features", channel_dim: int | None = None) -> Tensor:
+def to_rows(features: Tensor, name: str, axis: int) -> Tensor:
     """View feature maps as one position × channel matrix per sample, ``b n c``."""
-    check_floating(name, features)
-    channels_last = features.movedim(channel_axis(features, name, channel_dim), -1)
     if 0 in features.shape[1:]:
         raise ValueError(
             f"`{name}` must have at least one position and one channel; "
             f"got shape {tuple(features.shape)}."
         )
-    return rearrange(channels_last, "b ... c -> b (...) c")
+    return rearrange(features.movedim(axis, -1), "b ... c -> b (...) c")
 
 
 def in_order(
@@ -157,8 +154,7 @@ def read_matrices(
         for p, features in enumerate(of_one):
             point = f"{name}[{p}]"
             check_floating(point, features)
-            channel_dim = layout.channel_dim if features.ndim >= 4 else None
-            axis = channel_axis(features, point, channel_dim)
+            axis = channel_axis(features, point, layout.channel_dim if features.ndim > 3 else None)
             if features.shape[axis] != layout.channels[p]:
                 raise ValueError(_wrong_channels(point, p, features, axis, layout))
             batch = len(features) if batch is None else batch
@@ -173,7 +169,7 @@ def read_matrices(
                     f"other; got {batch}. Drop the last incomplete batch of an epoch, or train on "
                     "the task alone: `optimizer.backward(task_loss)`."
                 )
-            networks[-1][point] = to_rows(features, name=point, channel_dim=channel_dim)
+            networks[-1][point] = to_rows(features, point, axis)
     return networks
 
 
@@ -215,13 +211,12 @@ def _wrong_channels(point: str, p: int, features: Tensor, axis: int, layout: Lay
         f"`{point}` must have {wanted} channels on axis {axis}, as {layout.argument}[{p}] says; "
         f"got {shape[axis]} in shape {shape}."
     )
-    fitting = [a for a in range(1, len(shape)) if a != axis and shape[a] == wanted]
-    if fitting and features.ndim >= 4:
-        dims = [-1 if a == features.ndim - 1 else a for a in fitting]
+    fitting = [str(a) for a in (*range(1, len(shape) - 1), -1) if shape[a] == wanted]
+    if fitting and len(shape) > 3:
         message += (
-            f" {wanted} entries are on axis {' and axis '.join(map(str, dims))}: if those are "
-            f"channels, pass channel_dim={' or '.join(map(str, dims))} for both networks, or "
-            "a pair (teacher, student) if their layouts differ."
+            f" {wanted} entries are on axis {' and axis '.join(fitting)}: if those are channels, "
+            f"pass channel_dim={' or '.join(fitting)} for both networks, or a pair (teacher, "
+            "student) if their layouts differ."
         )
     elif fitting:
         message += (

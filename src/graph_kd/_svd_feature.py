@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graph_kd._checks import check_count
-from graph_kd._features import to_rows
+from graph_kd._checks import check_count, check_floating
+from graph_kd._features import channel_axis, to_rows
 from graph_kd._svd import top_singular_vectors
 
 __all__ = ["SVDFeature"]
@@ -71,7 +71,9 @@ class SVDFeature(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the top-k right singular vectors, ``b k c``."""
-        rows_bnc = to_rows(features, channel_dim=self.channel_dim)
+        check_floating("features", features)
+        axis = channel_axis(features, "features", self.channel_dim)
+        rows_bnc = to_rows(features, "features", axis)
         (found,) = top_singular_vectors([rows_bnc], [self.k], ["features"])
         return found.vectors()
 
