@@ -51,32 +51,28 @@ def align_singular_vectors(
     """
     check_floating("student", student)
     check_floating("teacher", teacher)
-    if (
-        student.ndim != 3
-        or teacher.ndim != 3
-        or student.shape[0] != teacher.shape[0]
-        or student.shape[2] != teacher.shape[2]
-    ):
+    if not student.ndim == teacher.ndim == 3 or student.shape[::2] != teacher.shape[::2]:
         raise ValueError(
             "`student` and `teacher` must have axes (b, i, c) and (b, k, c) with the same b and c; "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}."
         )
     if student.shape[1] == 0:
         raise ValueError("`student` must hold at least one candidate a sample; got none.")
-    if null is not None:
-        is_tensor = isinstance(null, Tensor)
-        if not is_tensor or null.dtype != torch.bool or null.shape != student.shape[:2]:
-            got = f"{null.dtype} {tuple(null.shape)}" if is_tensor else type(null).__name__
-            raise ValueError(
-                f"`null` must be a bool tensor with axes (b, i) = {tuple(student.shape[:2])}, one "
-                f"per candidate; got {got}."
-            )
+    if null is None:
+        null = torch.zeros(student.shape[:2], dtype=torch.bool, device=student.device)
+    is_tensor = isinstance(null, Tensor)
+    if not is_tensor or null.dtype != torch.bool or null.shape != student.shape[:2]:
+        got = f"{null.dtype} {tuple(null.shape)}" if is_tensor else type(null).__name__
+        raise ValueError(
+            f"`null` must be a bool tensor with axes (b, i) = {tuple(student.shape[:2])}, one "
+            f"per candidate; got {got}."
+        )
     ((choice, sign),) = closest([student], [teacher], [null])
     return sign * student.gather(1, repeat(choice, "b k -> b k c", c=student.shape[2]))
 
 
 def closest(
-    students: list[Tensor], teachers: list[Tensor], nulls: list[Tensor | None]
+    students: list[Tensor], teachers: list[Tensor], nulls: list[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return which student vector is closest to each of the teacher's, and its sign.
 
@@ -89,8 +85,6 @@ def closest(
         with torch.autocast(student.device.type, enabled=False):
             dtype = torch.promote_types(student.dtype, teacher.dtype)
             cosine = teacher.to(dtype) @ student.to(dtype).mT
-        none = torch.zeros((), dtype=torch.bool, device=student.device)
-        null = none.expand(student.shape[:2]) if null is None else null
         more = most - student.shape[1]  # candidates that this point lacks
         cosines.append(pad(cosine, (0, more)) if more else cosine)
         barred.append(pad(null, (0, more), value=True) if more else null)
