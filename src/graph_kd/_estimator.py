@@ -70,7 +70,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
         head_channels: int | None = None,
         drop_heads: bool = True,
     ) -> None:
-        super().__init__(front_channels, back_channels, num_heads, head_channels=head_channels)
+        super().__init__(front_channels, back_channels, num_heads, head_channels)
         self.drop_heads = check_bool("drop_heads", drop_heads)
         width = self.head_channels
         self.f1 = nn.Sequential(linear(front_channels, width), nn.BatchNorm1d(width), nn.ReLU())

@@ -29,12 +29,7 @@ class AttentionHeads(nn.Module):
     """
 
     def __init__(
-        self,
-        front_channels: int,
-        back_channels: int,
-        num_heads: int = 8,
-        *,
-        head_channels: int | None = None,
+        self, front_channels: int, back_channels: int, num_heads: int, head_channels: int | None
     ) -> None:
         super().__init__()
         self.front_channels = check_count("front_channels", front_channels)

@@ -183,7 +183,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         own = [] if student_channels is None else zip(heads, student_pairs, strict=True)
         self.estimators: Any = nn.ModuleList(heads)
         self.student_heads: Any = nn.ModuleList(
-            AttentionHeads(k * f, k * b, num_heads, head_channels=of_teacher.head_channels)
+            AttentionHeads(k * f, k * b, num_heads, of_teacher.head_channels)
             for of_teacher, (f, b) in own
         )
         self._keys: tuple[Any, ...] | None = None
