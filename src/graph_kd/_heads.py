@@ -36,7 +36,7 @@ class AttentionHeads(nn.Module):
         self.back_channels = check_count("back_channels", back_channels)
         self.num_heads = check_count("num_heads", num_heads)
         if head_channels is None:
-            head_channels = max(1, (front_channels + back_channels) // 2)
+            head_channels = (front_channels + back_channels) // 2
         self.head_channels = check_count("head_channels", head_channels)
         width = num_heads * head_channels  # head-major: (m d)
         self.theta = nn.Sequential(linear(back_channels, width), nn.BatchNorm1d(width))
