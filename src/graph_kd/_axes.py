@@ -13,10 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["Channels", "watch_channels"]
 
-_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, getattr(nn, "RMSNorm", nn.Linear))
+_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
-
-
 _COUNTS = (
     "out_channels",
     "out_features",
