@@ -52,9 +52,7 @@ def check_choice(
     """Accept one of ``choices``, or a callable where the argument takes one."""
     if value in choices or (or_callable and callable(value)):
         return
-    listed = ", ".join(repr(choice) for choice in choices) + (
-        " or a callable" if or_callable else ""
-    )
+    listed = ", ".join(map(repr, choices)) + " or a callable" * or_callable
     raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
 
 
