@@ -22,10 +22,9 @@ __all__ = ["AttentionHeads", "apply_branch", "attention_logits", "full_precision
 class AttentionHeads(nn.Module):
     """Compare every sample at the back with every sample at the front, head by head.
 
-    `MultiHeadGraphEstimator` adds the training on a teacher; its docstring has the arguments of
-    both. A student's own heads are this class alone: the transfer loss trains them.
-
-    Equation: Lee & Song 2019, S_m = θ_m(V_B) φ_m(V_F)ᵀ, G_m = softmax_j(S_m).
+    `MultiHeadGraphEstimator` adds the training on a teacher; its docstring has the arguments and
+    the equations of both. A student's own heads are this class alone: the transfer loss trains
+    them.
     """
 
     def __init__(
