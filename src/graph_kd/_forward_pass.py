@@ -21,10 +21,10 @@ _PASS_OF: MutableMapping[Tensor, ForwardPass] = WeakTensorKeyDictionary()
 
 
 class Use(NamedTuple):
-    """Features used with those of a partner; how often they had been read, and a copy run."""
+    """Features used with those of a partner; how often they had been read, also after copies."""
 
     reads: int
-    copies: int
+    reads_after_copies: int
     partner: weakref.ref[Any]
 
 
@@ -37,16 +37,14 @@ class ForwardPass:
     def __init__(self, source: Source, norms: dict[str, nn.Module]) -> None:
         self.source = source
         self.norms = norms
-        self.reads = self.copies = self.stale_reads = 0
+        self.reads = self.reads_after_copies = 0
         self.uses: dict[Source | None, Use] = {}
 
-    def read(self, features: Iterable[Tensor], copies: int) -> None:
-        """Note that features are read, after so many runs of copies of the model."""
-        if copies > self.copies:
-            self.stale_reads += 1
-            if self.stale_reads > 1:  # a copy runs, features are read, and so on: a training loop
-                raise self.stale("hooked model")
-        self.copies = copies
+    def read(self, features: Iterable[Tensor], copy_ran: bool) -> None:
+        """Note that features are read, and whether a copy of the model ran since they last were."""
+        self.reads_after_copies += copy_ran
+        if self.reads_after_copies > 1:  # a copy runs, features are read, and so on: a loop
+            raise self.stale("hooked model")
         self.reads += 1
         for feature in features:
             _PASS_OF[feature] = self
@@ -55,14 +53,14 @@ class ForwardPass:
         """Refuse features that are read anew for a second step."""
         before = self.uses.get(getattr(partner, "source", None))
         if before is not None and self.reads > before.reads:
-            copy_teaches = role == "teacher" and self.copies > before.copies
-            if copy_teaches or before.partner() is not partner:
+            copy_ran = self.reads_after_copies > before.reads_after_copies
+            if (role == "teacher" and copy_ran) or before.partner() is not partner:
                 raise self.stale(role)
 
     def use(self, partner: ForwardPass | Tensor) -> None:
         """Note a use for one loss."""
         source = getattr(partner, "source", None)
-        self.uses[source] = Use(self.reads, self.copies, weakref.ref(partner))
+        self.uses[source] = Use(self.reads, self.reads_after_copies, weakref.ref(partner))
 
     def stale(self, role: str) -> RuntimeError:
         """Return the error for features of an earlier step."""

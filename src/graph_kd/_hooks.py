@@ -84,7 +84,7 @@ class FeatureHooks:
         }
         self._outputs: dict[str, list[_Output]] = {name: [] for name in self.layers}
         self._pass: ForwardPass | None = None  # made when the features are read
-        self._runs_of_copies = 0
+        self._copy_ran = False
         self._handles = [plain.register_forward_pre_hook(_Hook(plain, self._begin))]
         for name, wanted in zip(self.layers, selects, strict=True):
             keep = functools.partial(self._keep, self._outputs[name], wanted)
@@ -107,7 +107,8 @@ class FeatureHooks:
         if not torch.compiler.is_compiling():
             if self._pass is None:
                 self._pass = ForwardPass(self._source, self._norms)
-            self._pass.read(features, self._runs_of_copies)
+            self._pass.read(features, self._copy_ran)
+            self._copy_ran = False
         return features
 
     def remove(self) -> None:
@@ -139,12 +140,12 @@ class FeatureHooks:
     def _begin(self, own: bool, _inputs: Any) -> None:
         """Forget the outputs of the pass before, or note the run of a copy."""
         if not own:
-            self._runs_of_copies += 1
+            self._copy_ran = True
             return
         for outputs in self._outputs.values():
             outputs.clear()
         self._pass = None
-        self._runs_of_copies = 0
+        self._copy_ran = False
 
     def _keep(
         self, outputs: list[_Output], select: Select, own: bool, _inputs: Any, output: Any
