@@ -79,12 +79,12 @@ def check_fresh(student: list[Any], teacher: list[Any]) -> None:
     A list that was used before may be used again: the user holds it on purpose. Features read anew
     must come from a new forward pass, unless they are used with the same partner, or with that of
     another model. A teacher that trains its heads is its own partner: any number of steps on one
-    batch may be meant, until a copy of it runs. A loss without gradient is no step.
+    batch may be meant, until a copy of it runs. A loss of two networks without gradient is no step.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return
     ours, theirs = _pass_of(student), _pass_of(teacher)
-    if theirs is None:
+    if theirs is None or not (torch.is_grad_enabled() or ours is theirs):
         return
     partner = student[0] if ours is None else ours
     theirs.refuse_stale("teacher", partner)
