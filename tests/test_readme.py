@@ -135,9 +135,9 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     shared = accuracies("mhgd")
     ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     check_told(
-        f"VGG AB and KD-SVDF {others:+}, "
+        f"VGG: AB, KD-SVDF {others:+}, "
         + "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
-        + "own heads {:.0f} to {:.0f} less; WRN shared heads 0.".format(*ahead),
+        + "own heads {:.0f} to {:.0f} less than these. WRN: shared heads 0.".format(*ahead),
     )
 
 

@@ -39,8 +39,8 @@ class GatedGradClip(OptimizerShell):
        anything else set or changed counts as task gradient.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
        transfer loss reaches (an attention head of the student's own, a connector) has no task
-       gradient; the norm of all task gradients takes its place. Only a missing gradient
-       is replaced: one that is there and zero closes the norm gate.
+       gradient; the norm of all task gradients takes its place. Where the task loss reaches a
+       parameter with a gradient of zero, the norm gate is closed.
     5. ``p.grad`` = task + factor · transfer.
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
