@@ -55,10 +55,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = (
-        1.0  # transfer / task norm, at most; set 3 for own heads, 10 with soft logits too
-    )
-    soft_share: float = 0.3  # weight of soft logits; set 0.8 for own heads; on WRNs they do harm
+    bound: float = 1.0  # transfer / task norm, at most; own heads: set 3 (and soft logits: 10)
+    soft_share: float = 0.3  # weight of soft logits (VGG, own heads: set 0.8; they harmed WRNs)
 
 
 def load(settings: Settings) -> Data:

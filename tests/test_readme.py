@@ -116,8 +116,8 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     check_told(
         f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
         "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
-        + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads lose "
-        f"{-untrained} points (VGG, WRN).",
+        + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher they lose "
+        f"{-untrained} points to the student alone.",
         f"after 60 epochs the student alone has {alone:.1f} %, own heads {own_wrn:.1f}, "
         f"AB {ab:.1f}, soft logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after "
         f"180 epochs it has {longer_alone:.1f} %, own heads {longer:.1f}, AB {longer_ab:.1f}.",
@@ -137,7 +137,7 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     check_told(
         f"VGG: AB, KD-SVDF {others:+}, "
         + "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
-        + "own heads {:.0f} to {:.0f} less than these. WRN: shared heads 0.".format(*ahead),
+        + "own heads {:.0f} to {:.0f} less than shared ones. WRN: shared heads 0.".format(*ahead),
     )
 
 
