@@ -56,7 +56,7 @@ class Settings(common.Settings):
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
     bound: float = 1.0  # transfer / task norm, at most; own heads: set 3 (and soft logits: 10)
-    soft_share: float = 0.3  # weight of soft logits (VGG, own heads: set 0.8; they harmed WRNs)
+    soft_share: float = 0.3  # weight of soft logits, which harmed WRNs; own heads, VGG: set 0.8
 
 
 def load(settings: Settings) -> Data:
