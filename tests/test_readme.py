@@ -114,13 +114,14 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     assert abs(many - eight) < 0.1
     assert f"{own:.1f}" == f"{soft:.1f}"
     check_told(
-        f"no better than soft logits ({own:.1f} points each; AB {fewer:.1f}).",
+        f"no better than soft logits (both {own:+.1f}; AB {fewer:+.1f}).",
         "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
         + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads "
-        f"end {-untrained} points below the student alone (both).",
+        f"end {-untrained} points below the student alone (VGG, WRN).",
         f"after 60 epochs the student alone has {alone:.1f} %, own heads {own_wrn:.1f}, "
         f"AB {ab:.1f}, soft logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after "
-        f"180 epochs it has {longer_alone:.1f} %, own heads {longer:.1f}, AB {longer_ab:.1f}.",
+        f"180 epochs the student alone has {longer_alone:.1f} %, own heads {longer:.1f}, "
+        f"AB {longer_ab:.1f}.",
         f"one was {eight - one:.1f} points worse, 32 were no better",
         f"with 256, half the steps, the gain was {eight - large:.1f} points less",
     )
