@@ -55,7 +55,7 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # transfer / task norm, at most; own heads: set 3 (and soft logits: 10)
+    bound: float = 1.0  # transfer / task norm, at most; own heads: 3, own heads + soft logits: 10
     soft_share: float = 0.3  # weight of soft logits, which harmed WRNs; own heads, VGG: set 0.8
 
 

@@ -118,10 +118,9 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
         "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
         + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads "
         f"end {-untrained} points below the student alone (VGG, WRN).",
-        f"after 60 epochs the student alone has {alone:.1f} %, own heads {own_wrn:.1f}, "
-        f"AB {ab:.1f}, soft logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after "
-        f"180 epochs the student alone has {longer_alone:.1f} %, own heads {longer:.1f}, "
-        f"AB {longer_ab:.1f}.",
+        f"after 60 epochs: student alone {alone:.1f} %, own heads {own_wrn:.1f}, AB {ab:.1f}, soft "
+        f"logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after 180 epochs: "
+        f"student alone {longer_alone:.1f} %, own heads {longer:.1f}, AB {longer_ab:.1f}.",
         f"one was {eight - one:.1f} points worse, 32 were no better",
         f"with 256, half the steps, the gain was {eight - large:.1f} points less",
     )
@@ -138,7 +137,7 @@ def test_the_readme_states_the_gains_measured_on_ten_classes():
     check_told(
         f"VGG: AB, KD-SVDF {others:+}, "
         + "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
-        + "own heads {:.0f} to {:.0f} less than shared ones. WRN: shared heads 0.".format(*ahead),
+        + "own heads {:.0f} to {:.0f} below shared ones. WRN: shared heads 0.".format(*ahead),
     )
 
 
