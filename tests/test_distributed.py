@@ -226,6 +226,18 @@ def a_missing_transfer_loss_counts_as_zero_in_the_mean(group):
 
 
 @law
+def an_overflow_of_one_process_lowers_the_scale_of_all(group):
+    param = torch.zeros(1, requires_grad=True)
+    optimizer = GatedGradClip(torch.optim.SGD([param], lr=0.1), bound=1e9, process_group=group)
+    last = group.rank() == group.size() - 1
+    optimizer.backward(param.sum(), torch.inf * param.sum() if last else None)
+    optimizer.zero_grad()
+    # The backward pass of the gathered rows adds what all processes send, each with its scale.
+    optimizer.backward(param.sum(), gather_rows(param, group).sum())
+    assert param.grad.item() == pytest.approx(1.0 + group.size())
+
+
+@law
 def gradients_of_mixed_precision_are_averaged_each_in_its_own(group):
     params = [torch.zeros(n + 1, dtype=dtype) for n, dtype in enumerate(PRECISIONS)]
     whole = [mixed_gradients(rank) for rank in range(group.size())]

@@ -203,12 +203,42 @@ def test_2000_steps_without_overflow_double_the_scale_up_to_one(steps, last, ski
 
 
 @capturables
-def test_the_scale_stays_in_the_range_of_float16_however_often_a_loss_is_not_finite(capturable):
+def test_a_scale_that_was_halved_often_leaves_small_gradients_their_value(capturable):
     a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
-    for factor in (*[math.nan] * 30, 3.0):
+    for factor in (*[math.nan] * 30, 0.5):
         optimizer.zero_grad()
         optimizer.backward(a.sum(), by_half(a, factor))
-    assert a.grad.tolist() == [4.0, 4.0]
+    assert a.grad.tolist() == [1.5, 1.5]
+
+
+@capturables
+def test_the_scale_counts_steps_not_calls(capturable):
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for factors in ([393216] * 4, [1.0] * 2500, [98304, 98304]):
+        optimizer.zero_grad()
+        for factor in factors:
+            optimizer.backward(a.sum() / 4, by_half(a, factor))
+    # Halved once by the first step, and still so after the second.
+    assert int(optimizer.skipped) == 1
+    assert a.grad.tolist() == [196608.5, 196608.5]
+
+
+@capturables
+def test_a_factor_that_is_not_finite_leaves_the_scale_alone(capturable):
+    gate = lambda task, transfer: task / transfer  # noqa: E731 # of a gradient of zero: infinite
+    a, optimizer = wrapped((2,), gate=gate, capturable=capturable)
+    for weight in (*[0.0] * 20, 0.125):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), weight * by_half(a, 1.0))
+    assert (a.grad.tolist(), int(optimizer.skipped)) == ([2.0, 2.0], 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scaled_gradient_has_the_type_of_its_parameter(dtype):
+    scalar = torch.nn.Parameter(torch.tensor(1.0, dtype=dtype))
+    optimizer = wrap([scalar], capturable=True)
+    optimizer.backward(scalar.square(), 3 * scalar)
+    assert (scalar.grad.dtype, scalar.grad.item()) == (dtype, 4.0)
 
 
 @not_finite

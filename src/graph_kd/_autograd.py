@@ -119,4 +119,6 @@ def gradients_of(
                 f"`{name}` must give dense gradients; a parameter of shape {tuple(leaf.shape)} "
                 "gets a sparse one. Build the embedding with sparse=False."
             )
-    return [g if g is None or not scaled else g / scale_on(g.device) for g in gradients]
+    if not scaled:
+        return list(gradients)
+    return [None if g is None else (g / scale_on(g.device)).to(g.dtype) for g in gradients]

@@ -30,26 +30,29 @@ def merge_gradients(
     bound: float,
     capturable: bool,
     skip: bool | Tensor = False,
-) -> tuple[list[Tensor | None], Tensor, bool | Tensor]:
-    """Return task + factor · transfer as new tensors, the factors, and whether this was skipped.
+) -> tuple[list[Tensor | None], Tensor, bool | Tensor, bool | Tensor]:
+    """Return task + factor · transfer as new tensors, the factors, and two answers.
 
-    A gradient is None where both are None. There is one factor for each transfer gradient that is
+    These are whether the transfer gradients were skipped, and whether a norm of theirs overflows. A
+    gradient is None where both are None. There is one factor for each transfer gradient that is
     not None, or a single one for scope "global"; none without a transfer gradient. If a transfer
     norm or a factor is not finite, or where ``skip``, the transfer gradients are left out and the
     factors are zero.
 
-    The host looks once whether all is finite. If ``capturable`` it does not, and the last value is
-    a tensor.
+    The host looks once whether all is finite. If ``capturable`` it does not, and the last two
+    values are tensors.
     """
     reached = {n: s.transfer for n, s in enumerate(sums) if s.transfer is not None}
     merged: dict[int, Tensor] = {}
     factors = torch.zeros(0)
     skipped = skip  # without a transfer gradient too: a skipped step stays so
+    overflows: bool | Tensor = False
     if reached:
-        factors, infinite = _factors(sums, reached, gate, scope=scope, bound=bound)
+        factors, infinite, overflows = _factors(sums, reached, gate, scope=scope, bound=bound)
         skipped = infinite if skip is False else infinite | skip
         factors = torch.where(skipped, 0, factors)
-        skipped = skipped if capturable else bool(skipped)
+        if not capturable:
+            skipped, overflows = torch.stack([skipped, overflows]).tolist()
     if reached and skipped is not True:
         gated = _times(factors, list(reached.values()))
         if isinstance(skipped, Tensor):  # zero times infinity is NaN
@@ -63,13 +66,13 @@ def merge_gradients(
         if n not in merged and both.task is not None:
             # New memory: autograd may give two parameters the same, and `p.grad` is changed.
             merged[n] = both.task.clone()
-    return [merged.get(n) for n in range(len(sums))], factors, skipped
+    return [merged.get(n) for n in range(len(sums))], factors, skipped, overflows
 
 
 def _factors(
     sums: Sequence[Sums], reached: dict[int, Tensor], gate: Gate, *, scope: Scope, bound: float
-) -> tuple[Tensor, Tensor]:
-    """Return the factors of the transfer gradients, and whether a norm or factor is not finite.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors, whether a transfer norm or a factor is not finite, and whether a norm is.
 
     The norm of all task gradients takes the place of a norm where the task has no gradient.
     """
@@ -85,7 +88,7 @@ def _factors(
     finite = torch.isfinite(transfer_norm).all()
     # A callable must cope with norms of zero, not with infinite ones.
     factors = _apply(gate, task_norm, torch.where(finite, transfer_norm, 0), bound)
-    return factors, ~(finite & torch.isfinite(factors).all())
+    return factors, ~(finite & torch.isfinite(factors).all()), ~finite
 
 
 def _apply(gate: Gate, task_norm: Tensor, transfer_norm: Tensor, bound: float) -> Tensor:

@@ -54,9 +54,9 @@ class GatedGradClip(OptimizerShell):
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
     is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
     sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
-    overflow where the task's does not, and `GradScaler` does not see that. So each skipped step
-    halves a scale of the transfer loss alone, by which its gradient is divided again; 2000 steps
-    without one double it, up to one. A run in float16 begins with some skipped steps.
+    overflow where the task's does not, and `GradScaler` does not see that. So each step with an
+    overflow halves a scale of the transfer loss alone, by which its gradient is divided again; 2000
+    steps without one double it, up to one. A run in float16 begins with some skipped steps.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself: `zero_grad` does not. Leaves are found in
@@ -208,7 +208,7 @@ class GatedGradClip(OptimizerShell):
         # A step that is skipped stays so: a parameter without task gradient keeps no infinite sum.
         again = any(s.task_reaches or s.transfer is not None for s in earlier)
         skip = again and shared.sums.skipped
-        merged, shared.sums.factors, skipped = merge_gradients(  # 4, 5
+        merged, shared.sums.factors, skipped, overflows = merge_gradients(  # 4, 5
             sums,
             shared.gate,
             scope=shared.scope,
@@ -219,11 +219,10 @@ class GatedGradClip(OptimizerShell):
         for p, gradient, its_sums in zip(params, merged, sums, strict=True):
             shared.sums.leave(p, gradient, its_sums)
 
-        overflow = skipped > skip  # that is "skipped and not skip": once a step
-        shared.skipped += overflow
+        shared.skipped += skipped > skip  # that is "skipped and not skip": once a step
         shared.sums.skipped = skipped
-        if two:
-            shared.adapt_scale(overflow)
+        if any(gradient is not None for gradient in transfer):  # in every process alike
+            shared.adapt_scale(overflows, skip, first=not again)
 
     @property
     def gates(self) -> list[float]:

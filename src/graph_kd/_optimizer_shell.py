@@ -19,7 +19,8 @@ from graph_kd._gradient_sums import GradientSums
 __all__ = ["COUNTS", "OptimizerShell", "OptimizerState", "kept_in"]
 
 COUNTS = ("skipped", "scale_exponent", "calm_steps")  # in a checkpoint; tensors if capturable
-CALM, LEAST = 2000, -24  # steps, as torch's GradScaler; 2**-24 is the least number of float16
+CALM = 2000  # steps, as torch's GradScaler
+LEAST = -16  # undoes the first scale of torch's GradScaler
 
 
 @dataclass(eq=False)
@@ -36,7 +37,7 @@ class OptimizerState(HoldsProcessGroup):
     scale_exponent: int | Tensor = (
         0  # the transfer loss is scaled by 2**scale_exponent, its gradient back
     )
-    calm_steps: int | Tensor = 0  # steps since the last overflow
+    calm_steps: int | Tensor = 0  # with a transfer gradient, since the last overflow
     warned: bool = False
     sums: GradientSums = field(default_factory=GradientSums)
 
@@ -45,16 +46,18 @@ class OptimizerState(HoldsProcessGroup):
         """All parameters of the wrapped optimizer."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def adapt_scale(self, overflow: bool | Tensor) -> None:
+    def adapt_scale(self, overflows: bool | Tensor, skip: bool | Tensor, *, first: bool) -> None:
         """Halve the scale of the transfer loss after an overflow, double it after a long calm.
 
+        Each of them once a step: at its ``first`` call, and where it is not skipped already.
         `GradScaler` does not see the overflow: the merged gradient has none.
         """
         # In place, so that a captured step finds its tensors again.
-        self.calm_steps += 1
-        grows = (self.calm_steps % CALM == 0) & (self.scale_exponent < 0)
-        self.scale_exponent += grows + -1 * (overflow & (self.scale_exponent > LEAST))
-        self.calm_steps *= overflow < 1
+        self.calm_steps += first
+        grows = (self.calm_steps % CALM == 0) & (self.scale_exponent < 0) & first
+        shrinks = (overflows > skip) & (self.scale_exponent > LEAST)
+        self.scale_exponent += (grows > overflows) + -1 * shrinks
+        self.calm_steps *= overflows < 1
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy counts on its own: of a tensor, the sum is another one.

@@ -136,7 +136,7 @@ class _Inputs:
         try:
             model(*self.listed, **self.named)
         except TypeError as error:
-            if len(self.listed) < 2:
+            if len(self.listed) < 2 or "positional argument" not in str(error):
                 raise
             raise TypeError(
                 f"{error}. The {len(self.listed)} entries of `sample` are its arguments; of a "
