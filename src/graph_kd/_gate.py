@@ -72,7 +72,7 @@ def merge_gradients(
 def _factors(
     sums: Sequence[Sums], reached: dict[int, Tensor], gate: Gate, *, scope: Scope, bound: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the factors, whether a transfer norm or a factor is not finite, and whether a norm is.
+    """Return the factors; if a transfer norm or a factor is not finite; if a norm is not.
 
     The norm of all task gradients takes the place of a norm where the task has no gradient.
     """

@@ -34,9 +34,8 @@ class OptimizerState(HoldsProcessGroup):
     process_group: dist.ProcessGroup | None
     capturable: bool
     skipped: int | Tensor = 0
-    scale_exponent: int | Tensor = (
-        0  # the transfer loss is scaled by 2**scale_exponent, its gradient back
-    )
+    # The transfer loss is multiplied by 2**scale_exponent, and its gradient divided by it.
+    scale_exponent: int | Tensor = 0
     calm_steps: int | Tensor = 0  # with a transfer gradient, since the last overflow
     warned: bool = False
     sums: GradientSums = field(default_factory=GradientSums)
