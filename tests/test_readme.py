@@ -113,8 +113,10 @@ def test_the_readme_states_the_gains_measured_on_100_classes():
     large = own_dev(batch_size=256)
     assert abs(many - eight) < 0.1
     assert f"{own:.1f}" == f"{soft:.1f}"
+    assert all(vgg("gain", method, student_share=0.25) < 0 for method in ("kd-svdf", "mhgd"))
     check_told(
-        f"no better than soft logits (both {own:+.1f}; AB {fewer:+.1f}).",
+        f"no better than soft logits (both {own:+.1f}; AB {fewer:+.1f}; "
+        "KD-SVDF, shared heads: none).",
         "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
         + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads "
         f"end {-untrained} points below the student alone (VGG, WRN).",
