@@ -56,7 +56,7 @@ class Settings(common.Settings):
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
     bound: float = 1.0  # transfer / task norm, at most; own heads: 3, own heads + soft logits: 10
-    soft_share: float = 0.3  # weight of soft logits, which harmed WRNs; own heads, VGG: set 0.8
+    soft_share: float = 0.3  # weight of soft logits (harmful on WRNs; own heads on VGGs: set 0.8)
 
 
 def load(settings: Settings) -> Data:
