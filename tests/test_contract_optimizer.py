@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop, lr_scheduler
 
-from graph_kd import GatedGradClip
+from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
 
 def constant(factor, *_norms):
@@ -329,6 +329,35 @@ def test_grad_scaler_skips_an_overflow_of_the_task_and_leaves_out_one_of_the_tra
         scaler.update()
         assert param.item() == place
     assert (scaler.get_scale(), optimizer.skipped) == (2.0**9, 1)
+
+
+def test_float16_with_the_first_scale_of_grad_scaler_skips_few_steps_and_then_transfers():
+    """Without a scale of the transfer loss alone, all of these steps are skipped."""
+    torch.manual_seed(0)
+
+    def mlp(width):
+        layers = [nn.Sequential(nn.Linear(n, width), nn.ReLU()) for n in (32, width, width)]
+        return nn.Sequential(*layers, nn.Linear(width, 5))
+
+    teacher, student, points = mlp(64).eval().requires_grad_(False), mlp(32), ["0", "1", "2"]
+    theirs, ours = FeatureHooks(teacher, points), FeatureHooks(student, points)
+    loss = GraphTransferLoss([64] * 3, student_channels=[32] * 3, squash="scaled")
+    learning = [*student.parameters(), *loss.student_heads.parameters()]
+    optimizer, scaler = GatedGradClip(SGD(learning, lr=0.01)), torch.amp.GradScaler("cpu")
+    images = torch.randn(128, 32)
+    skipped = []
+    for _ in range(20):
+        with torch.autocast("cpu", torch.float16):
+            task = student(images).logsumexp(dim=1).mean()
+            teacher(images)
+        optimizer.zero_grad()
+        transfer = loss(ours.features, theirs.features)
+        optimizer.backward(scaler.scale(task), scaler.scale(transfer))
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.append(optimizer.skipped)
+    assert 0 < skipped[-1] == skipped[12]
+    assert max(optimizer.gates) > 0
 
 
 def test_sums_outlive_a_zero_grad_that_clears_nothing():

@@ -225,8 +225,7 @@ def test_the_scale_counts_steps_not_calls(capturable):
 
 @capturables
 def test_a_factor_that_is_not_finite_leaves_the_scale_alone(capturable):
-    gate = lambda task, transfer: task / transfer  # noqa: E731 # of a gradient of zero: infinite
-    a, optimizer = wrapped((2,), gate=gate, capturable=capturable)
+    a, optimizer = wrapped((2,), gate=torch.divide, capturable=capturable)  # infinite, by zero
     for weight in (*[0.0] * 20, 0.125):
         optimizer.zero_grad()
         optimizer.backward(a.sum(), weight * by_half(a, 1.0))
@@ -484,7 +483,7 @@ def test_autocast_around_backward_changes_nothing():
 
 
 @pytest.mark.parametrize("factors", [(1, 2), (1,)])
-def test_the_graph_is_freed_and_errors_of_the_backward_pass_come_through(factors):
+def test_the_graph_is_freed_and_the_error_says_what_to_run_again(factors):
     param, optimizer = wrapped(1)
     losses = [factor * param.square() for factor in factors]
     optimizer.backward(*losses)
@@ -492,6 +491,16 @@ def test_the_graph_is_freed_and_errors_of_the_backward_pass_come_through(factors
         RuntimeError, match=r"go backward through the graph a second time\. Run the student"
     ):
         optimizer.backward(losses[-1])
+
+
+def test_errors_of_the_backward_pass_come_through():
+    def fail(_gradient):
+        raise RuntimeError("of a hook")
+
+    param, optimizer = wrapped(1)
+    param.register_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^of a hook$"):
+        optimizer.backward(param.sum())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -42,5 +42,6 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
 
 
 def test_script_runs(tmp_path, monkeypatch):
+    monkeypatch.undo()  # it trains the heads itself
     monkeypatch.chdir(tmp_path)
     recipe.main()

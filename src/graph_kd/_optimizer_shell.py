@@ -51,7 +51,8 @@ class OptimizerState(HoldsProcessGroup):
         Each of them once a step: at its ``first`` call, and where it is not skipped already.
         `GradScaler` does not see the overflow: the merged gradient has none.
         """
-        # In place, so that a captured step finds its tensors again.
+        # In place, so that a captured step finds its tensors again. Of bools and of bool tensors
+        # alike, a > b is "a and not b".
         self.calm_steps += first
         grows = (self.calm_steps % CALM == 0) & (self.scale_exponent < 0) & first
         shrinks = (overflows > skip) & (self.scale_exponent > LEAST)

@@ -192,10 +192,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
         """Return the loss of the teacher's attention heads, L_MHAN, summed over pairs.
 
-        Train until it is flat, and for 150 steps at least: the transfer loss uses the running
-        statistics of the heads' batch norms, and before these have settled all weights of a graph
-        are nearly equal (`graphs` shows it). In training mode a call moves them, under `no_grad`
-        too. To log this loss later, call `eval` first.
+        Train until it is flat, and for 150 steps at least. The transfer loss uses the running
+        statistics of the heads' batch norms, of which a step takes a tenth anew. Before the initial
+        ones have faded all weights of a graph are nearly equal (`graphs` shows it). In training
+        mode a call moves them, under `no_grad` too. To log this loss later, call `eval` first.
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
         (teacher,) = self._read(maps, self.teacher_layout)
