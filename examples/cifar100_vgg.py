@@ -1,20 +1,21 @@
 r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
-    python examples/cifar100_vgg.py --out runs/vgg
+    python examples/cifar100_vgg.py --out runs/vgg --method student mhgd-own-heads --bound 3 \
+        --student-share 0.1
+    python examples/cifar100_vgg.py --out runs/paper
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --classes 20 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
-    python examples/cifar100_vgg.py --out runs/few --method student mhgd-own-heads --bound 3 \
-        --student-share 0.1
+
+The first command follows the README's advice: few images of each class, and a student with
+attention heads of its own. The second is the paper's form: all images, and shared heads. The third
+is small enough for two CPU cores; the fourth splits every batch over two processes. To continue a
+run, give its command again.
 
 The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
 them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
 momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100
 epochs. Before the student, the attention heads train for 40 epochs.
-
-The second command is small enough for two CPU cores; the third splits every batch over two
-processes; the fourth trains heads and students on a tenth of the images, and gives the student
-heads of its own. To continue a run, give the same command again.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # transfer / task norm, at most; own heads: 3, own heads + soft logits: 10
-    soft_share: float = 0.3  # weight of soft logits (harmful on WRNs; own heads on VGGs: set 0.8)
+    bound: float = 1.0  # of the transfer norm, in task norms; own heads: 3, with soft logits: 10
+    soft_share: float = 0.3  # weight of soft logits; beside own heads: 0.8
 
 
 def load(settings: Settings) -> Data:

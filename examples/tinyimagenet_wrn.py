@@ -1,10 +1,10 @@
 r"""Tiny ImageNet, WRN-22-4 teacher to WRN-10-4 student, from the data to the results.
 
-    python examples/tinyimagenet_wrn.py --out runs/tiny_wrn
+    python examples/tinyimagenet_wrn.py --out runs/tiny --method student mhgd-own-heads --bound 3 \
+        --student-share 0.1
+    python examples/tinyimagenet_wrn.py --out runs/paper
     python examples/tinyimagenet_wrn.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.05
-    python examples/tinyimagenet_wrn.py --out runs/few --method student mhgd-own-heads --bound 3 \
-        --student-share 0.1
 
 Everything is as in `cifar100_vgg.py` but the networks and the images, 64×64 pixels, for which the
 first convolution has stride 2. Accuracy is measured on the labelled validation images, which
@@ -55,8 +55,8 @@ class Settings(common.Settings):
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float = 1.0  # transfer / task norm, at most; own heads: 3, own heads + soft logits: 10
-    soft_share: float = 0.3  # weight of soft logits (harmful on WRNs; own heads on VGGs: set 0.8)
+    bound: float = 1.0  # of the transfer norm, in task norms; own heads: 3, with soft logits: 10
+    soft_share: float = 0.3  # weight of soft logits; beside own heads: 0.8
 
 
 def load(settings: Settings) -> Data:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import common
 import pytest
+import quickstart
 import tables
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from readme import README, blocks, setup_commands
 from torch import nn
 
 ROOT = README.parent
+TEXT = README.read_text(encoding="utf-8")
 MINIATURE = (
     "--width 0.05 --epochs 1 --first-epochs 1 --batch-size 3 --classes 3 --limit-per-class 2 "
     "--device cpu --num-heads 2"
@@ -87,69 +89,106 @@ def lines(table):
     return tables.frame(common.read_records(path))
 
 
-def mean(table, column, method, **settings):
-    """Return the mean of a column over the networks of a table that have a method and settings."""
-    values = {"method": method, **settings}
-    asked = " and ".join(f"{name} == '{value}'" for name, value in values.items())
-    return lines(table).query(asked)[column].mean()
+def values(table, column, method, **settings):
+    """Return a column over the networks of a table that have a method and settings."""
+    asked = {"method": method, **settings}
+    query = " and ".join(f"{name} == '{value}'" for name, value in asked.items())
+    return lines(table).query(query)[column].dropna()
 
 
-def test_the_readme_states_the_gains_measured_on_100_classes():
-    vgg, wrn = (partial(mean, "100", network=name) for name in ("VGG7", "WRN-10-4"))
-    methods = ("mhgd-own-heads", "soft-logits", "ab")
-    own, soft, fewer = (vgg("gain", method, student_share=0.25) for method in methods)
-    (untrained,) = {round(of("gain", "mhgd-own-heads", teacher_epochs=0)) for of in (vgg, wrn)}
-    second = [vgg("gain", method, teacher_seed=1) for method in methods]
-    second_wrn = wrn("gain", "mhgd-own-heads", teacher_epochs=30, teacher_seed=1)
-    alone, longer_alone = (wrn("accuracy", "student", epochs=epochs) for epochs in (60, 180))
-    own_wrn, longer = (
-        wrn("accuracy", "mhgd-own-heads", epochs=epochs, teacher_epochs=30, teacher_seed=0)
-        for epochs in (60, 180)
-    )
-    ab, longer_ab = (wrn("accuracy", "ab", epochs=epochs) for epochs in (60, 180))
-    less, more = (wrn("accuracy", "soft-logits", soft_share=share) for share in (0.3, 0.8))
+def mean(*asked, **settings):
+    return values(*asked, **settings).mean()
+
+
+METHODS = {  # by the columns of the README
+    "own heads": "mhgd-own-heads",
+    "shared heads": "mhgd",
+    "own heads + soft logits": "mhgd-own-heads-soft-logits",
+    "soft logits": "soft-logits",
+    "AB": "ab",
+    "KD-SVDF": "kd-svdf",
+}
+VGG = {"network": "VGG7", "epochs": 60, "teacher_seed": 0, "teacher_epochs": 30}
+WRN = {**VGG, "network": "WRN-10-4"}
+PAIRS = {"VGG7": "VGG16, VGG7", "WRN-10-4": "WRN-22-4, WRN-10-4"}
+ROWS = {  # of the README: table of records, settings of its networks, and those of single methods
+    "100 classes, 50 each": ("100", {**VGG, "student_share": 0.1}, {}),
+    "100 classes, 125 each": ("100", {**VGG, "student_share": 0.25}, {}),
+    "100 classes, 50 each, WRN": (
+        "100",
+        {**WRN, "student_share": 0.1},
+        {"soft-logits": {"soft_share": 0.3}},
+    ),
+    "100 classes, 50 each, WRN, longer": ("100", {**WRN, "student_share": 0.1, "epochs": 180}, {}),
+    "10 classes, 50 each": (
+        "vgg_tenth",
+        {"network": "VGG7", "epochs": 150, "first_epochs": 400},
+        {"mhgd": {"bound": 3.0}},
+    ),
+}
+
+
+def row_of_gains(images):
+    """Return a row of the README: brackets where the interval includes zero, the best in bold."""
+    table, settings, of_method = ROWS[images]
+    own = ("teacher_seed", "teacher_epochs", "first_epochs")  # no settings of the student alone
+    alone = {name: value for name, value in settings.items() if name not in own}
+    gains = {
+        column: values(table, "gain", method, **settings, **of_method.get(method, {}))
+        for column, method in METHODS.items()
+    }
+    best = f"{max(gain.mean() for gain in gains.values() if len(gain)):+.1f}"
+    row = {"training images": ",".join(images.split(",")[:2])}
+    row["teacher, student"] = PAIRS[settings["network"]]
+    row["epochs"] = str(settings["epochs"])
+    row["alone, %"] = f"{mean(table, 'accuracy', 'student', **alone):.1f}"
+    for column, gain in gains.items():
+        assert len(gain) in (0, 3)
+        shown = f"{gain.mean():+.1f}" if len(gain) else tables.MISSING
+        row[column] = f"**{shown}**" if shown == best else shown
+        if len(gain) and re.match(r"-.* \+", tables.interval(gain)):
+            row[column] = f"({row[column]})"
+    return row
+
+
+def test_the_readme_shows_the_measured_gains():
+    (table,) = [t for t in re.findall(r"(?:^\|.*\n)+", TEXT, re.MULTILINE) if "alone, %" in t]
+    head, _, *shown = [
+        [c.strip() for c in line.strip("| ").split("|")] for line in table.split("\n")[:-1]
+    ]
+    assert [dict(zip(head, line, strict=True)) for line in shown] == [*map(row_of_gains, ROWS)]
+
+
+def test_the_readme_states_what_else_was_measured():
+    tenth = {"student_share": 0.1, "epochs": 60}
+    both = [{**pair, **tenth, "teacher_seed": 1} for pair in (VGG, WRN)]
+    second = [mean("100", "gain", "mhgd-own-heads", **settings) for settings in both]
+    (untrained,) = {
+        round(mean("100", "gain", "mhgd-own-heads", **{**pair, "teacher_epochs": 0}))
+        for pair in (VGG, WRN)
+    }
     own_dev = partial(mean, "100_vgg_tenth_dev", "gain", "mhgd-own-heads", bound=3.0)
     one, eight, many = (own_dev(num_heads=n, batch_size=128) for n in (1, 8, 32))
     large = own_dev(batch_size=256)
     assert abs(many - eight) < 0.1
-    assert f"{own:.1f}" == f"{soft:.1f}"
-    assert all(vgg("gain", method, student_share=0.25) < 0 for method in ("kd-svdf", "mhgd"))
-    check_told(
-        f"no better than soft logits (both {own:+.1f}; AB {fewer:+.1f}; "
-        "KD-SVDF, shared heads: none).",
-        "VGG own heads {:+.1f}, soft logits {:+.1f}, AB {:+.1f}; ".format(*second)
-        + f"WRN own heads {second_wrn:+.1f}. With an untrained teacher own heads "
-        f"end {-untrained} points below the student alone (VGG, WRN).",
-        f"after 60 epochs: student alone {alone:.1f} %, own heads {own_wrn:.1f}, AB {ab:.1f}, soft "
-        f"logits {less:.1f} with a weight of 0.3 and {more:.1f} with 0.8; after 180 epochs: "
-        f"student alone {longer_alone:.1f} %, own heads {longer:.1f}, AB {longer_ab:.1f}.",
+    ab = mean("100", "accuracy", "ab", **{**WRN, **tenth})
+    own = mean("100", "accuracy", "mhgd-own-heads", **{**WRN, **tenth, "epochs": 180})
+    digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
+    for told in (
+        "(VGG {:+.1f}, WRN {:+.1f})".format(*second),
+        f"with an untrained teacher the student ends {-untrained} points below the student alone.",
+        f"it reaches {ab:.1f} % in 60 epochs, own heads reach {own:.1f} % in 180.",
+        "teacher {} %, student alone {} %), soft logits reached {} %, own heads {} %".format(
+            *digits
+        ),
         f"one was {eight - one:.1f} points worse, 32 were no better",
-        f"with 256, half the steps, the gain was {eight - large:.1f} points less",
-    )
-
-
-def test_the_readme_states_the_gains_measured_on_ten_classes():
-    vgg, wrn = (partial(mean, f"{name}_tenth", "gain", first_epochs=400) for name in ("vgg", "wrn"))
-    gains = [vgg("mhgd", bound=bound) for bound in (1.0, 3.0)]
-    (others,) = {round(vgg(method)) for method in ("ab", "kd-svdf")}
-    assert all(abs(wrn("mhgd", bound=bound)) < 1 for bound in (1.0, 3.0))
-    accuracies = partial(mean, "own_heads_dev", "accuracy", student_width=1.0)
-    shared = accuracies("mhgd")
-    ahead = sorted(shared - accuracies("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
-    check_told(
-        f"VGG: AB, KD-SVDF {others:+}, "
-        + "shared heads {:+.0f} to {:+.0f}, ".format(*gains)
-        + "own heads {:.0f} to {:.0f} below shared ones. WRN: shared heads 0.".format(*ahead),
-    )
-
-
-def check_told(*told):
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert [one for one in told if one not in text] == []
+        f"with 256 and half the steps the gain was {eight - large:.1f} points smaller",
+    ):
+        assert told in " ".join(TEXT.split())
 
 
 def test_the_readme_stays_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(TEXT.splitlines()) <= 200
 
 
 def test_two_commands_do_the_set_up():
