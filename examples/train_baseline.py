@@ -45,9 +45,9 @@ class Distillation:
             raise ValueError(f"`--methods` must be student or MHGD under torchrun; got {method}.")
         self.recipe = RECIPES[method]
         self.student, self.teacher, self.data, self.script = student, teacher, data, script
-        self.settings = replace(settings, gate="norm")
+        settings, self.bound, share = common.suited(method, replace(settings, gate="norm"))
+        self.settings = settings
         if method == "soft-logits":
-            share = settings.soft_share
             self.recipe = replace(self.recipe, weight=share, task_weight=1 - share)
         self.module: Any = self.recipe.build(student.channels, teacher.channels).to(settings.device)
         self.mutual = self.recipe.schedule == "mutual"
@@ -91,7 +91,7 @@ class Distillation:
     def optimizer(self, params: Iterable[Tensor], rate: float) -> GatedGradClip:
         """Return the script's optimizer with another learning rate."""
         settings = replace(self.settings, learning_rate=rate)
-        optimizer: GatedGradClip = self.script.gated_sgd(params, settings)
+        optimizer: GatedGradClip = self.script.gated_sgd(params, settings, self.bound)
         return optimizer
 
     def descend(self, phase: str, epochs: int, optimizer: GatedGradClip) -> None:
@@ -102,7 +102,7 @@ class Distillation:
             parts["schedule"] = common.step_decay(optimizer, epochs)
         for epoch in self.run.epochs(phase, epochs, **parts):
             self.student.train()
-            optimizer.bound = self.settings.bound / (1 + exp(-epoch))
+            optimizer.bound = self.bound / (1 + exp(-epoch))
             rows = []
             for images, labels in self.data.batches(self.run.order):
                 losses = self.losses(phase, images, labels)

@@ -276,3 +276,21 @@ def test_a_download_that_fails_gives_its_reason(monkeypatch):
 def test_what_is_out_of_range_is_refused(make, change, message):
     with pytest.raises(ValueError, match=message):
         make(**change)
+
+
+@pytest.mark.parametrize(
+    ("method", "suited"),
+    [
+        ("mhgd", (1.0, 0.3)),
+        ("kd-svd", (1.0, 0.3)),
+        ("soft-logits", (1.0, 0.3)),
+        ("mhgd-soft-logits", (1.0, 0.3)),
+        ("mhgd-own-heads", (3.0, 0.8)),
+        ("mhgd-own-heads-soft-logits", (10.0, 0.8)),
+    ],
+)
+def test_bound_and_weight_of_soft_logits_suit_the_method_unless_a_flag_sets_them(method, suited):
+    of_method, *found = common.suited(method, settings())
+    assert (of_method.bound, of_method.soft_share) == tuple(found) == suited
+    set_by_flags = settings(bound=5.0, soft_share=0.0)
+    assert common.suited(method, set_by_flags) == (set_by_flags, 5.0, 0.0)

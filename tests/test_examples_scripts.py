@@ -86,6 +86,7 @@ def test_a_record_has_settings_versions_and_every_epoch(small, tmp_path):
         assert record["accuracy"] == epochs[-1]["test_accuracy"]  # the last, not the best
         assert ("transfer_loss" in epochs[0]) == (method != "student")
     assert found["mhgd"]["settings"].items() >= {"bound": 1.0, "gate": "norm", "seed": 0}.items()
+    assert found["mhgd-own-heads"]["settings"]["bound"] == 3.0
 
 
 @pytest.mark.parametrize(
