@@ -2,13 +2,13 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
     python examples/cifar100_vgg.py --out runs/vgg --method student mhgd-own-heads \
         --student-share 0.1
-    python examples/cifar100_vgg.py --out runs/paper
+    python examples/cifar100_vgg.py --out runs/shared
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --classes 20 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
 
 The first command follows the README's advice: few images of each class, and a student with
-attention heads of its own. The second is the paper's form: all images, and shared heads. The third
+attention heads of its own. The second has shared heads, as in the paper, and all images. The third
 is small enough for two CPU cores; the fourth splits every batch over two processes. To continue a
 run, give its command again.
 
@@ -155,7 +155,8 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss; `SQUASH` says what is done to attention logits.
     """
-    settings, bound, soft_share = common.suited(method, settings)  # if no flag sets them
+    # Bound and soft share follow the method where no flag sets them.
+    settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
         teacher.channels,

@@ -2,7 +2,7 @@ r"""CIFAR-100, WRN-22-4 teacher to WRN-10-4 student, from the data to the result
 
     python examples/cifar100_wrn.py --out runs/wrn --method student mhgd-own-heads \
         --student-share 0.1
-    python examples/cifar100_wrn.py --out runs/paper
+    python examples/cifar100_wrn.py --out runs/shared
     python examples/cifar100_wrn.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.05
 
@@ -146,7 +146,8 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss; `SQUASH` says what is done to attention logits.
     """
-    settings, bound, soft_share = common.suited(method, settings)  # if no flag sets them
+    # Bound and soft share follow the method where no flag sets them.
+    settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
         teacher.channels,
