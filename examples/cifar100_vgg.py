@@ -1,16 +1,16 @@
 r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
-    python examples/cifar100_vgg.py --out runs/vgg --method student mhgd-own-heads \
-        --student-share 0.1
+    python examples/cifar100_vgg.py --out runs/vgg --student-share 0.1 \
+        --method student mhgd-own-heads-soft-logits
     python examples/cifar100_vgg.py --out runs/shared
     python examples/cifar100_vgg.py --out runs/small --width 0.25 --classes 20 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
 
-The first command follows the README's advice: few images of each class, and a student with
-attention heads of its own. The second has shared heads, as in the paper, and all images. The third
-is small enough for two CPU cores; the fourth splits every batch over two processes. To continue a
-run, give its command again.
+The first command follows the README's advice: few images of each class, a student with attention
+heads of its own, and soft logits. The second has shared heads, as in the paper, and all images. The
+third is small enough for two CPU cores; the fourth splits every batch over two processes. To
+continue a run, give its command again.
 
 The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
 them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov

@@ -1,7 +1,7 @@
 r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
 
-    python examples/tinyimagenet_vgg.py --out runs/tiny --method student mhgd-own-heads \
-        --student-share 0.1
+    python examples/tinyimagenet_vgg.py --out runs/tiny --student-share 0.1 \
+        --method student mhgd-own-heads-soft-logits
     python examples/tinyimagenet_vgg.py --out runs/shared
     python examples/tinyimagenet_vgg.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
