@@ -1,8 +1,7 @@
 r"""CIFAR-100, WRN-22-4 teacher to WRN-10-4 student, from the data to the results.
 
-    python examples/cifar100_wrn.py --out runs/wrn --method student mhgd-own-heads \
-        --student-share 0.1
-    python examples/cifar100_wrn.py --out runs/shared
+    python examples/cifar100_wrn.py --out runs/wrn --student-share 0.1
+    python examples/cifar100_wrn.py --out runs/all
     python examples/cifar100_wrn.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.05
 
@@ -43,7 +42,7 @@ class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
     data_name: str | None = "CIFAR-100"  # name of the data in records
-    method: tuple[Method, ...] = ("student", "mhgd")  # students to train; "student": no teacher
+    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": no teacher
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student

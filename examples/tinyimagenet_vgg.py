@@ -1,8 +1,7 @@
 r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
 
-    python examples/tinyimagenet_vgg.py --out runs/tiny --student-share 0.1 \
-        --method student mhgd-own-heads-soft-logits
-    python examples/tinyimagenet_vgg.py --out runs/shared
+    python examples/tinyimagenet_vgg.py --out runs/tiny --student-share 0.1
+    python examples/tinyimagenet_vgg.py --out runs/all
     python examples/tinyimagenet_vgg.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
 
@@ -46,7 +45,7 @@ class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
     data_name: str | None = "Tiny ImageNet"  # name of the data in records
-    method: tuple[Method, ...] = ("student", "mhgd")  # students to train; "student": no teacher
+    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": no teacher
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student

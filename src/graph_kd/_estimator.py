@@ -18,39 +18,40 @@ __all__ = ["MultiHeadGraphEstimator"]
 
 
 class MultiHeadGraphEstimator(AttentionHeads):
-    """Predict each sample's back vector from the front vectors of the batch, through graphs.
+    """Predict vectors at the later (back) layer of a pair from those at the earlier (front) one.
 
     Each head compares every sample at the back with every sample at the front. The row-wise softmax
     of these logits is a batch × batch graph. The heads are trained on the teacher; the transfer
     loss compares the student's graphs with the teacher's.
 
     Equation: Lee & Song 2019, L_MHAN; S_m = θ_m(V_B) φ_m(V_F)ᵀ, G_m = softmax_j(S_m),
-    V̄_B = f2([G_m f1(V_F)]_m) with unit rows, loss = mean_i (1 - V_B,i · V̄_B,i).
+    V̄_B = f2([G_m f1(V_F)]_m) with unit rows, loss = mean_i (1 - V_B,i · V̄_B,i). θ, φ, f1 and f2 are
+    the submodules `theta`, `phi`, `f1` and `f2`.
 
     Differs from the source: the loss is the authors' 1 - cosine, where the poster prints the cosine
     alone. Their random dropping of heads during training is kept; a single head is never dropped.
     Weights start from a normal distribution of variance 2 / fan_out, theirs from the truncated one.
 
     Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in half
-    precision are used in float32. Training mode uses the batch's statistics and updates the running
-    ones; evaluation mode uses those.
+    precision are used in float32. Batch norms act as in torch: by the statistics of the batch in
+    training mode, by the running ones in evaluation mode.
 
     Args:
         front_channels: Length of a front vector, ≥ 1.
         back_channels: Length of a back vector, ≥ 1.
         num_heads: Attention heads, ≥ 1.
         head_channels: Width of a head, ≥ 1; by default (front_channels + back_channels) // 2.
-        drop_heads: In training, drop heads at random per row: a head stays where its standard
-            normal draw lies above the mean of the draws of all heads for that row (about half).
+        drop_heads: In training, drop about half of the heads at random, others for each row: a
+            head stays if its standard normal draw is above the mean of all heads' draws.
 
     Shape:
-        - front: ``j c_front``, floating, the parameters' dtype, or float32 for half precision
+        - front: ``j c_front``, in the parameters' dtype; if that is half precision, float32 too
         - back: ``i c_back``, likewise
         - returns: ``i c_back``, unit rows
 
     Raises:
-        TypeError: vectors are no floating-point tensors of the parameters' dtype and device, or
-            ``drop_heads`` is no bool, or a size is no int.
+        TypeError: vectors are no tensors of such a dtype on the parameters' device, ``drop_heads``
+            is no bool, or a size is no int.
         ValueError: a size is below 1, vectors do not have their channels, or are fewer than two.
 
     Example:
@@ -97,7 +98,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
         return F.normalize(apply_branch(self.f2, rearrange(gathered, "m i d -> i (m d)")), dim=-1)
 
     def loss(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
-        """Return L_MHAN of this pair, the mean over samples of 1 - cosine, for unit ``back``."""
+        """Return L_MHAN of this pair, the mean of 1 - cosine; rows of ``back`` have norm 1."""
         estimate = self(front, back, kept_heads=kept_heads)
         cosine: Tensor = (estimate * back).sum(dim=-1)
         return (1 - cosine).mean()

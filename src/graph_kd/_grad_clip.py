@@ -36,44 +36,44 @@ class GatedGradClip(OptimizerShell):
     1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
     2. Given a process group, both are averaged over it.
     3. They are added to those of earlier `backward` calls since `zero_grad`. A ``p.grad`` that
-       anything else set or changed counts as task gradient.
+       anything else set or changed counts as task gradient, so clip after the last `backward`.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
        transfer loss reaches (an attention head of the student's own, a connector) has no task
-       gradient; the norm of all task gradients takes its place. Where the task loss reaches a
-       parameter with a gradient of zero, the norm gate is closed.
+       gradient; the norm of all task gradients takes its place. If the task loss gives a parameter
+       a gradient of zero, its norm gate is 0.
     5. ``p.grad`` = task + factor · transfer.
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
 
-    Differs from the source: ``"norm"`` is the gate of the authors' program. For their factor
-    sigmoid(epochs since transfer began), schedule `bound`. ``"sigmoid"`` is the poster's gate as
-    printed; it never falls below 0.731, so with a summed transfer loss it can override the task (a
-    small student on digits fell from 89 % to 31 %).
+    Differs from the source: ``"norm"`` is the gate of the authors' program. They multiply the bound
+    by sigmoid(epochs since transfer began): set `bound` each epoch. ``"sigmoid"`` is the poster's
+    gate as printed; it never falls below 0.731, so with a summed transfer loss it can override the
+    task (a small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
     is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
     sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
-    overflow where the task's does not, and `GradScaler` does not see that. So each step with an
-    overflow halves a scale of the transfer loss alone, by which its gradient is divided again; 2000
-    steps without one double it, up to one. A run in float16 begins with some skipped steps.
+    overflow where the task's does not, and `GradScaler` does not see that. So the transfer loss has
+    a scale of its own, undone in its gradient: halved by a step with an overflow, doubled after
+    2000 steps without, at most 1. The first steps of a float16 run may be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
-    prompt) gets a merged gradient too. Clear it yourself: `zero_grad` does not. Leaves are found in
-    the autograd graph in every `backward`, at about a microsecond a node; those that a custom
-    function keeps to itself are not found.
+    prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
+    Such tensors are looked for in the autograd graph in every `backward`; those hidden in a custom
+    `torch.autograd.Function` are not found.
 
-    Frameworks that copy this object or mix its class with theirs (Lightning, Fabric, accelerate)
-    share its state: settings, `gates`, `skipped` and the sums are the same in all. A copy made by
-    `copy`, `deepcopy` or pickle has settings and a count of its own.
+    The wrappers that Lightning, Fabric and accelerate put around this object share its state:
+    settings, `gates`, `skipped` and the sums. A copy made by `copy`, `deepcopy` or pickle has
+    settings and a count of its own.
 
     A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
     compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
     earlier run with donated buffers makes the second gradient wrong without an error.
 
-    A compiled graph, and DDP's idiom ``loss + 0 * sum(...)``, give zeros to what the task does not
-    reach. Leave layers that only the transfer loss reaches out of the compiled student, or take
-    ``scope="global"``; else their gate is 0 and they do not learn.
+    Under `torch.compile`, or with ``loss + 0 * sum(...)`` for DDP, parameters that the task does
+    not reach get a task gradient of zero. Leave layers that only the transfer loss reaches out of
+    the compiled student, or take ``scope="global"``; else their gate is 0 and they do not learn.
 
     `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
     gradients are held until `zero_grad`. Zeroing ``p.grad.data`` instead does not clear them.
@@ -89,8 +89,8 @@ class GatedGradClip(OptimizerShell):
             takes the norms (task, transfer), scalar tensors that may be zero, and returns the
             factor. A factor that is not finite drops that step's transfer gradient.
         scope: Norms of each "parameter" on its own, or one "global" norm over all of them.
-        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate. A
-            number > 0; may be set at any time, also to 0. Start at 3 with own heads and at 1 with
+        bound: Largest ratio of the gated transfer norm to the task norm, for the norm gate; > 0.
+            The attribute may be set at any time, also to 0. Start at 3 with own heads and at 1 with
             shared ones; try 1, 3 and 10.
         process_group: A `torch.distributed` group over which both gradients are averaged before any
             norm is taken: data parallelism without the DDP wrapper, or with it under `no_sync()`.
@@ -107,8 +107,8 @@ class GatedGradClip(OptimizerShell):
         gates: The factors last applied, one per parameter that the transfer loss reaches: first
             those of the param groups, then other tensors. A single one for ``scope="global"``, none
             without a transfer loss, zeros in a skipped step. Reading them syncs.
-        skipped: Number of steps whose transfer gradient was not finite; capturable: a scalar
-            tensor.
+        skipped: Number of steps whose transfer gradient was dropped, as it, its norm or its factor
+            was not finite; capturable: a scalar tensor.
 
     Raises:
         TypeError: ``optimizer`` is no torch optimizer, ``bound`` is no number, a loss is no tensor,
@@ -249,8 +249,8 @@ class GatedGradClip(OptimizerShell):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the optimizer's parameters, and their accumulated sums.
 
-        What the wrapped `zero_grad` leaves stays (accelerate's does nothing while it accumulates),
-        and so do gradients of tensors outside the optimizer.
+        Not cleared: gradients that the wrapped `zero_grad` keeps (accelerate's does while it
+        accumulates), and those of tensors outside the optimizer.
         """
         shared = self._shared
         shared.optimizer.zero_grad(set_to_none)

@@ -32,8 +32,8 @@ class FeatureHooks:
     weights, say) leaves the hooks of the original alone, and so does a pickle.
 
     An in-place operation after a hooked layer, such as ``ReLU(inplace=True)``, changes what was
-    collected, so reading it raises: hook the ReLU instead. Compiled code and inference mode can not
-    tell; there a copy of the output is kept.
+    collected, so reading it raises: hook the ReLU instead. In compiled code and in inference mode a
+    copy of the output is kept, so nothing raises.
 
     Args:
         model: The model. Call it as ``model(...)``, not ``model.forward(...)``: the call begins a
@@ -94,9 +94,8 @@ class FeatureHooks:
     def features(self) -> list[Tensor]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`. The losses notice when the hooked model no longer runs:
-        features that are read anew for a second step, without a new forward pass, raise there. A
-        list that is kept in a variable may be used again.
+        They stay readable after `remove`. If they are read again for a second training step without
+        a new forward pass, the loss raises. A list that is kept in a variable may be used again.
         """
         if not hasattr(self, "_outputs"):
             raise RuntimeError(

@@ -23,22 +23,22 @@ class SVDFeature(nn.Module):
 
     Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
 
-    Differs from the source: the authors' program returns vectors of arbitrary sign, and a gradient
-    that is twice the true one (positions ≥ channels), points elsewhere (positions < channels) or is
-    missing (nearly square). Here value and gradient are exact:
+    Differs from the source: vectors of the authors' program have an arbitrary sign, and a gradient
+    of twice its size (positions ≥ channels) or of a wrong direction. Here value and gradient are
+    exact:
 
     - Sign: the mean over positions has a non-negative inner product with every vector; where that
       product is zero, rounding decides.
     - Gradient: the derivative of the returned vectors, wherever their singular values are isolated.
-      It depends only on the gaps between a returned value and the others, so dead channels or
-      repeated values among the rest do no harm. Two values that rounding the input could exchange
-      count as repeated: the rotation between their vectors is undefined and gets zero gradient. A
-      vector of singular value zero is an arbitrary unit vector orthogonal to the others; an
-      all-zero map gives such vectors and zero gradient, and so does a map whose largest singular
-      value is below 1e-19 (float64: 1e-154). The gradient can not be differentiated again.
+      Dead channels, or repeated singular values among those that are not returned, do no harm. Two
+      values closer than the rounding error of the input count as repeated: no gradient flows along
+      the rotation between their vectors. A vector of singular value zero is an arbitrary unit
+      vector orthogonal to the others; an all-zero map gives such vectors and zero gradient, and so
+      does a map whose largest singular value is below 1e-19 (float64: 1e-154). The gradient can not
+      be differentiated again.
     - Precision: float32 and half-precision maps are solved in float32, whatever autocast or TF32
-      allow, and come out as float32. For values 1 % from their neighbours, 1 - |cos| to the true
-      vector is below 1e-6, and the gradient's relative error below 1e-3. Samples that float32 can
+      allow. If singular values differ by 1 %, 1 - |cos| between a vector and the true one is below
+      1e-6, and the relative error of the gradient below 1e-3. Samples that float32 can
       not resolve are decomposed in float64, as float64 maps are. On a device without float64 the
       CPU does the work.
 

@@ -63,16 +63,15 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     Equation: Lee & Song 2019, L_transfer = Σ_pairs Σ_m,i,j G^S (log G^S - log G^T), natural
     logarithm, G = softmax_j(squash(S)).
 
-    Differs from the source: by default in nothing but vectors of singular value zero (up to
-    rounding). These are arbitrary, so they are no candidates of the alignment, and enter the heads
-    as zeros if there is no other. ``squash="tanh"`` is the authors' program; ``student_channels``
-    is ours.
+    Differs from the source: vectors of singular value zero, up to rounding, are arbitrary. The
+    alignment ignores them, and where a sample has no others the heads get zeros. `SVDFeature`,
+    `align_singular_vectors` and `MultiHeadGraphEstimator` name their own differences.
 
-    Gradient: `forward` reaches the student's features and `student_heads`. It uses the teacher's
-    heads in inference mode, whatever `train` says: no gradient to them or the teacher, no running
-    statistic moves. `student_heads` use the statistics of the batch in training mode and the
-    running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone. Everything
-    is computed in the heads' dtype, float32 at least, under autocast too.
+    Gradient: `forward` reaches the student's features and `student_heads`. The teacher's heads
+    always act as in evaluation mode: no gradient to them or the teacher, no running statistic
+    moves. `student_heads` use the statistics of the batch in training mode and the running ones in
+    evaluation mode. `estimator_loss` reaches the teacher's heads alone. Everything is computed in
+    the heads' dtype, float32 at least, under autocast too.
 
     Args:
         channels: The teacher's channels at each sensing point, front to back; at least two.
@@ -80,8 +79,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         student_channels: The student's channels at each point; gives it attention heads of its own,
             as many and as wide as the teacher's. Equal channels are allowed. Its top k vectors
             enter as they are: no alignment, and ``student_k`` is not used.
-        channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, ConvNeXt). One
-            value for both networks, or a pair (teacher, student). None means axis 1.
+        channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, the inside of
+            ConvNeXt blocks). One value for both networks, or a pair (teacher, student). None means
+            axis 1.
         k: Singular vectors of the teacher that describe a sample at a point. Above one they are
             taken as one vector of k · c entries. At least 1, at most min(positions, channels) at
             every point.
@@ -95,36 +95,35 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
             divided by the number of samples.
         process_group: A `torch.distributed` group whose global batch the graphs span: each process
-            takes its own rows against all columns, and only singular vectors travel. The mean over
-            processes of the losses, and of the gradients, is that of one process holding the whole
-            batch. `estimator_loss` is the whole batch's on every process. Every process must hold
-            the same number of samples. Copies keep the group, pickles do not: set the attribute
-            again, or the graphs are those of each process's own batch.
-        block_rows: Rows of a graph that are held at a time; their logits are computed again in the
-            backward pass, so that memory grows linearly in the batch. None takes whole graphs up to
-            1024 × 1024 entries a head, and blocks of as many entries above. A callable ``squash``
-            sees the rows of a block. At least 1.
+            takes its own rows against all columns, and only singular vectors travel. Losses and
+            gradients, averaged over processes, equal those of one process with the whole batch.
+            `estimator_loss` is the whole batch's on every process. Every process must hold the same
+            number of samples. Copies keep the group, pickles do not: set the attribute again, or
+            the graphs are those of each process's own batch.
+        block_rows: Rows of a graph that are held at a time, at least 1. Fewer rows take less memory
+            and more time: they are computed again in the backward pass. None: all rows, or as many
+            as have 1024 × 1024 entries a head. A callable ``squash`` sees the rows of a block.
         capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
-            for the device. Singular vectors are found in a fixed number of rounds, two filters of
-            degree 10. A sample that needs more, or float64 (two singular values within 0.05 %),
-            keeps its vectors, its gradient bounded. A vector that may be wrong by more than 0.01
-            radian, as below 4 % of the largest singular value, is taken as one of value zero. The
-            attribute `doubtful` counts such samples, on the device. Float64 maps are refused. NaN,
-            a Gram matrix that overflows, and what differs between processes are not noticed. A step
-            launches some 1,400 kernels more. The first call makes constants: warm up before a
-            capture.
+            for the device. No GPU has run it yet. Singular vectors are computed in float32 by a
+            fixed number of rounds (two filters of degree 10), which takes some 1,400 kernel
+            launches more a step. Where that is not enough, as for two singular values within 0.05
+            %, vectors are approximate and their gradient is bounded. A vector that may be off by
+            more than 0.01 radian, as for a singular value below 4 % of the largest, is treated as
+            one of value zero. The attribute `doubtful` counts the samples of both kinds, on the
+            device. Float64 maps are refused. NaN, overflow and inputs that do not match across
+            processes raise no error. The first call makes constants: warm up before a capture.
 
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
-          teacher and student may differ in rank and in space. Mappings are paired by key; the
-          teacher's first one in a loss sets the order, that of ``channels``
+          teacher and student may differ in rank and in space. Mappings are paired by key; the first
+          mapping of the teacher must be in the order of ``channels``
         - returns: scalar
 
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
-    Features read from `FeatureHooks` must come from a new forward pass in each step. With hooks,
-    one warning is given if the teacher's batch norms are in training mode.
+    Features from `FeatureHooks` must come from a new forward pass in each training step. One
+    warning is given if the batch norms of a hooked teacher are in training mode.
 
     Raises:
         RuntimeError: features of an earlier step were read from hooks again.
@@ -138,7 +137,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         >>> from graph_kd import GraphTransferLoss
         >>> teacher = [torch.randn(8, 16, 4, 4), torch.randn(8, 32, 2, 2)]
         >>> student = [torch.randn(8, 10, 4, 4), torch.randn(8, 20, 2, 2)]
-        >>> transfer = GraphTransferLoss(channels=[16, 32], student_channels=[10, 20])
+        >>> transfer = GraphTransferLoss([16, 32], student_channels=[10, 20], squash="scaled")
         >>> transfer.estimator_loss(teacher).shape, transfer(student, teacher).shape
         (torch.Size([]), torch.Size([]))
     """
@@ -193,9 +192,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         """Return the loss of the teacher's attention heads, L_MHAN, summed over pairs.
 
         Train until it is flat, and for 150 steps at least. The transfer loss uses the running
-        statistics of the heads' batch norms, of which a step takes a tenth anew. Before the initial
-        ones have faded all weights of a graph are nearly equal (`graphs` shows it). In training
-        mode a call moves them, under `no_grad` too. To log this loss later, call `eval` first.
+        statistics of the heads' batch norms. Before these have settled, all weights of a graph are
+        nearly equal (`graphs` shows it). In training mode each call moves them, under `no_grad`
+        too. To log this loss later, call ``transfer.estimators.eval()`` first.
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
         (teacher,) = self._read(maps, self.teacher_layout)
@@ -250,9 +249,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             align_to: The teacher's features, if ``features`` are the student's. With shared heads
                 its vectors are aligned to them, as in `forward`. Without it the top k vectors enter
                 as they are.
-            of: Whose heads are used, if the student has its own. By default the student's with
-                ``align_to`` or if only its channels fit; else the teacher's, also where the
-                channels are equal.
+            of: Whose heads are used, if the student has its own. By default the student's if
+                ``align_to`` is given or only its channels fit, else the teacher's. Pass "student"
+                for a student with the teacher's channels.
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
         given = {"features": features} | ({} if align_to is None else {"align_to": align_to})
