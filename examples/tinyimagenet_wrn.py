@@ -204,7 +204,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # later calls load them
+            heads = train_heads(teacher, student_data, settings)  # once; then loaded
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

@@ -177,7 +177,7 @@ def test_the_readme_states_what_else_was_measured():
     assert vgg_alone[0] > vgg_alone[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "gains in the first and third row, {:.1f} and {:.1f}.".format(*second),
+        "own heads gained {:.1f} (VGG) and {:.1f} points (WRN, 60 epochs).".format(*second),
         f"untrained teacher (VGG or WRN) the student ends {-untrained} points below the student",
         f"it reached {longer_alone:.1f} % in 180 epochs, with own heads {own:.1f} % in 60.",
         "teacher {} %, student alone {} %), soft logits reached {} %, own heads {} %".format(
