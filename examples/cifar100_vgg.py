@@ -7,10 +7,10 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
-heads of its own. The first command gives it a tenth of the images, as the README advises; to add
-soft logits, pass `--method mhgd-own-heads-soft-logits`. The second command gives it all images. The
-third is small enough for two CPU cores; the fourth splits every batch over two processes. To
-continue a run, give its command again.
+heads of its own. The first command gives it 50 images of each class, a case for which the README
+advises the method; `--method mhgd-own-heads-soft-logits` would train it with soft logits too. The
+second command gives it all images. The third is small enough for two CPU cores; the fourth splits
+every batch over two processes. To continue a run, give its command again.
 
 The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
 them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov

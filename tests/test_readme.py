@@ -179,7 +179,7 @@ def test_the_readme_states_what_else_was_measured():
     for told in (
         "own heads gained {:.1f} (VGG) and {:.1f} points (WRN, 60 epochs).".format(*second),
         f"untrained teacher (VGG or WRN) the student ends {-untrained} points below the student",
-        f"it reached {longer_alone:.1f} % in 180 epochs, with own heads {own:.1f} % in 60.",
+        f"reached {longer_alone:.1f} % in 180 epochs; with own heads it reached {own:.1f} % in 60.",
         "teacher {} %, student alone {} %), soft logits reached {} %, own heads {} %".format(
             *digits
         ),
