@@ -27,8 +27,8 @@ def align_singular_vectors(
     V_S = [a_k v_S,i_k].
 
     Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
-    a zero vector), of exactly tied vectors the first is taken (the source adds them), and ``null``
-    vectors are no candidates.
+    a zero vector), of exactly tied vectors the first is taken (the source adds them), and vectors
+    of singular value zero, marked by ``null``, come last.
 
     Gradient flows to the student alone; the choice and the sign are constants.
 

@@ -21,7 +21,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
     """Predict vectors at the later (back) layer of a pair from those at the earlier (front) one.
 
     Each head compares every sample at the back with every sample at the front. The row-wise softmax
-    of these logits is a batch × batch graph. The heads are trained on the teacher; the transfer
+    of its logits is a batch × batch graph. The heads are trained on the teacher; the transfer
     loss compares the student's graphs with the teacher's.
 
     Equation: Lee & Song 2019, L_MHAN; S_m = θ_m(V_B) φ_m(V_F)ᵀ, G_m = softmax_j(S_m),
@@ -41,7 +41,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
         back_channels: Length of a back vector, ≥ 1.
         num_heads: Attention heads, ≥ 1.
         head_channels: Width of a head, ≥ 1; by default (front_channels + back_channels) // 2.
-        drop_heads: In training, drop about half of the heads at random, others for each row: a
+        drop_heads: In training, drop about half of the heads at random, anew for each row: a
             head stays if its standard normal draw is above the mean of all heads' draws.
 
     Shape:
@@ -50,9 +50,9 @@ class MultiHeadGraphEstimator(AttentionHeads):
         - returns: ``i c_back``, unit rows
 
     Raises:
-        TypeError: vectors are no tensors of such a dtype on the parameters' device, ``drop_heads``
-            is no bool, or a size is no int.
-        ValueError: a size is below 1, vectors do not have their channels, or are fewer than two.
+        TypeError: vectors are no tensors, or of another dtype or device, ``drop_heads`` is no bool,
+            or a size is no int.
+        ValueError: a size is below 1, the length of vectors is wrong, or there are fewer than two.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
         return F.normalize(apply_branch(self.f2, rearrange(gathered, "m i d -> i (m d)")), dim=-1)
 
     def loss(self, front: Tensor, back: Tensor, *, kept_heads: Tensor | None = None) -> Tensor:
-        """Return L_MHAN of this pair, the mean of 1 - cosine; rows of ``back`` have norm 1."""
+        """Return L_MHAN of this pair, the mean of 1 - cosine; rows of ``back`` need norm 1."""
         estimate = self(front, back, kept_heads=kept_heads)
         cosine: Tensor = (estimate * back).sum(dim=-1)
         return (1 - cosine).mean()

@@ -36,7 +36,7 @@ class GatedGradClip(OptimizerShell):
     1. The gradients of both losses are taken with `torch.autograd.grad`, one after the other.
     2. Given a process group, both are averaged over it.
     3. They are added to those of earlier `backward` calls since `zero_grad`. A ``p.grad`` that
-       anything else set or changed counts as task gradient, so clip after the last `backward`.
+       is set or changed otherwise counts as task gradient, so clip after the last `backward`.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
        transfer loss reaches (an attention head of the student's own, a connector) has no task
        gradient; the norm of all task gradients takes its place. If the task loss gives a parameter
@@ -54,9 +54,10 @@ class GatedGradClip(OptimizerShell):
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
     is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
     sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
-    overflow where the task's does not, and `GradScaler` does not see that. So the transfer loss has
-    a scale of its own, undone in its gradient: halved by a step with an overflow, doubled after
-    2000 steps without, at most 1. The first steps of a float16 run may be without transfer.
+    overflow where the task's does not, and `GradScaler` does not see that. So `backward`
+    multiplies the transfer loss by a factor, and divides its gradient again: half after a step with
+    an overflow, twice after 2000 steps without one, at most 1. The first steps of a float16 run may
+    be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
@@ -94,9 +95,9 @@ class GatedGradClip(OptimizerShell):
             shared ones; try 1, 3 and 10.
         process_group: A `torch.distributed` group over which both gradients are averaged before any
             norm is taken: data parallelism without the DDP wrapper, or with it under `no_sync()`.
-            Required among several processes: DDP does not average the second gradient. All must
-            reach the same tensors outside the optimizer. A process without a transfer loss counts
-            as zero.
+            Required among several processes: DDP does not average the second gradient. All
+            processes must reach the same tensors outside the optimizer. A process without a
+            transfer loss counts as zero; a `GraphTransferLoss` with a group must run in all.
         capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
             `skipped` is a tensor on the device then, and always in `state_dict`. A captured
             `backward` keeps the gate, bound and losses that it was captured with. In a skipped step
@@ -107,8 +108,8 @@ class GatedGradClip(OptimizerShell):
         gates: The factors last applied, one per parameter that the transfer loss reaches: first
             those of the param groups, then other tensors. A single one for ``scope="global"``, none
             without a transfer loss, zeros in a skipped step. Reading them syncs.
-        skipped: Number of steps whose transfer gradient was dropped, as it, its norm or its factor
-            was not finite; capturable: a scalar tensor.
+        skipped: Number of steps whose transfer gradient was dropped: it, its norm or its factor was
+            not finite; capturable: a scalar tensor.
 
     Raises:
         TypeError: ``optimizer`` is no torch optimizer, ``bound`` is no number, a loss is no tensor,
@@ -116,8 +117,8 @@ class GatedGradClip(OptimizerShell):
         ValueError: an unknown gate or scope, a bound that is not positive, an optimizer without a
             parameter to train, a loss that is no scalar, reaches no parameter or gives a sparse
             gradient, or a callable gate that returns no single number.
-        RuntimeError: several processes are running and no process group was given, or the leaves
-            that they reach outside the optimizer differ in number, shape or dtype; the losses came
+        RuntimeError: several processes run without a process group, or reach tensors outside the
+            optimizer that differ in number, shape or dtype; the losses came
             through reentrant activation checkpoints, or through a compiled student that donates its
             buffers.
 
@@ -127,6 +128,7 @@ class GatedGradClip(OptimizerShell):
         >>> student = torch.nn.Linear(4, 2)
         >>> optimizer = GatedGradClip(torch.optim.SGD(student.parameters(), lr=0.1))
         >>> output = student(torch.randn(8, 4))
+        >>> optimizer.zero_grad()
         >>> optimizer.backward(output.square().mean(), output.abs().sum())
         >>> optimizer.step()
     """

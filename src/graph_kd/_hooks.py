@@ -25,11 +25,10 @@ __all__ = ["FeatureHooks", "named_modules", "unwrap"]
 class FeatureHooks:
     """Collect the outputs of named layers during a forward pass.
 
-    Outputs are kept as they are: with gradient where the layer gives it, until the next forward
-    pass of the model begins. Names are those of the plain model: `DistributedDataParallel`,
-    `torch.compile` and Fabric wrappers are seen through. Place hooks before a compiled
-    model's first call; torch ignores those that come later. A copy of the model (an average of
-    weights, say) leaves the hooks of the original alone, and so does a pickle.
+    Outputs are kept, not detached, until the next forward pass of the model begins. Names are those
+    of the plain model: `DistributedDataParallel`, `torch.compile` and Fabric wrappers are seen
+    through. Place hooks before a compiled model's first call; torch ignores those that come later.
+    Running a copy of the model (an average of weights, say) does not change what was collected.
 
     An in-place operation after a hooked layer, such as ``ReLU(inplace=True)``, changes what was
     collected, so reading it raises: hook the ReLU instead. In compiled code and in inference mode a

@@ -94,7 +94,7 @@ class OptimizerShell(Optimizer):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The wrapped optimizer; of a framework's object with one of that name, its own."""
+        """The wrapped optimizer; where a framework's wrapper has this attribute, that one."""
         own: Optimizer = self.__dict__.get("optimizer", self._shared.optimizer)
         return own
 
@@ -110,17 +110,17 @@ class OptimizerShell(Optimizer):
         self._shared.optimizer.add_param_group(param_group)
 
     def train(self) -> None:
-        """Call `train` of a schedule-free optimizer; others have none."""
+        """Call `train` of a schedule-free optimizer; does nothing for others."""
         getattr(self._shared.optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
-        """Call `eval` of a schedule-free optimizer; others have none."""
+        """Call `eval` of a schedule-free optimizer; does nothing for others."""
         getattr(self._shared.optimizer, "eval", lambda: None)()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state_dict: either of the two loads it.
+        """Return the wrapped optimizer's state_dict, which both can load.
 
-        After a transfer gradient that was not finite it has `COUNTS` besides.
+        After a transfer gradient that was not finite it also has `skipped` and the float16 scale.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)

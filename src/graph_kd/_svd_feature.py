@@ -23,9 +23,8 @@ class SVDFeature(nn.Module):
 
     Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
 
-    Differs from the source: vectors of the authors' program have an arbitrary sign, and a gradient
-    of twice its size (positions ≥ channels) or of a wrong direction. Here value and gradient are
-    exact:
+    Differs from the source: vectors of the authors' program have an arbitrary sign. Their gradient
+    is doubled if positions ≥ channels, else it points elsewhere. Here both are correct:
 
     - Sign: the mean over positions has a non-negative inner product with every vector; where that
       product is zero, rounding decides.

@@ -67,42 +67,43 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     alignment ignores them, and where a sample has no others the heads get zeros. `SVDFeature`,
     `align_singular_vectors` and `MultiHeadGraphEstimator` name their own differences.
 
-    Gradient: `forward` reaches the student's features and `student_heads`. The teacher's heads
-    always act as in evaluation mode: no gradient to them or the teacher, no running statistic
-    moves. `student_heads` use the statistics of the batch in training mode and the running ones in
-    evaluation mode. `estimator_loss` reaches the teacher's heads alone. Everything is computed in
-    the heads' dtype, float32 at least, under autocast too.
+    Gradient: `forward` reaches the student's features and `student_heads`. There the teacher's
+    heads act as in evaluation mode, whatever `train` says: no gradient to them or the teacher, no
+    running statistic moves. `student_heads` use the statistics of the batch in training mode and
+    the running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone.
+    Everything is computed in the heads' dtype, float32 at least, under autocast too.
 
     Args:
         channels: The teacher's channels at each sensing point, front to back; at least two.
         num_heads: Attention heads of each pair, ≥ 1.
         student_channels: The student's channels at each point; gives it attention heads of its own,
-            as many and as wide as the teacher's. Equal channels are allowed. Its top k vectors
-            enter as they are: no alignment, and ``student_k`` is not used.
+            as many and as wide as the teacher's. Equal channels are allowed. The student's top k
+            vectors are not aligned then, and ``student_k`` is not used.
         channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, the inside of
             ConvNeXt blocks). One value for both networks, or a pair (teacher, student). None means
             axis 1.
-        k: Singular vectors of the teacher that describe a sample at a point. Above one they are
-            taken as one vector of k · c entries. At least 1, at most min(positions, channels) at
+        k: Singular vectors of the teacher that describe a sample at a point. More than one are
+            joined to one vector of k · c entries. At least 1, at most min(positions, channels) at
             every point.
         student_k: Candidates from which each teacher vector picks its student vector. At least k;
             points with fewer positions or channels offer as many as they have.
         squash: What is done to the logits of teacher and student before the softmax. None: nothing
             (the poster). "tanh": the authors' program; it saturates on logits beyond ±2 and then
-            carries no gradient. "scaled" (ours, recommended): division by the square root of the
-            head width. A callable maps logits ``m i j`` of either network to logits; -∞ removes an
-            entry from the graph, so mask both alike.
+            carries no gradient. "scaled" (ours, recommended with own heads): division by the square
+            root of the head width. A callable maps logits ``m i j`` of either network to logits; -∞
+            removes an entry from the graph, so mask both alike.
         reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
             divided by the number of samples.
         process_group: A `torch.distributed` group whose global batch the graphs span: each process
             takes its own rows against all columns, and only singular vectors travel. Losses and
             gradients, averaged over processes, equal those of one process with the whole batch.
-            `estimator_loss` is the whole batch's on every process. Every process must hold the same
-            number of samples. Copies keep the group, pickles do not: set the attribute again, or
-            the graphs are those of each process's own batch.
+            `estimator_loss` is that of the whole batch on every process: average nothing there.
+            Every process must hold the same number of samples. Copies keep the group, pickles do
+            not: set the attribute again, or the graphs are those of each process's own batch.
         block_rows: Rows of a graph that are held at a time, at least 1. Fewer rows take less memory
-            and more time: they are computed again in the backward pass. None: all rows, or as many
-            as have 1024 × 1024 entries a head. A callable ``squash`` sees the rows of a block.
+            and more time: they are computed again in the backward pass. None: all rows, or, in
+            large batches, as many as have 1024 × 1024 entries a head. A callable ``squash`` sees
+            the rows of a block.
         capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
             for the device. No GPU has run it yet. Singular vectors are computed in float32 by a
             fixed number of rounds (two filters of degree 10), which takes some 1,400 kernel
@@ -115,8 +116,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
-          teacher and student may differ in rank and in space. Mappings are paired by key; the first
-          mapping of the teacher must be in the order of ``channels``
+          teacher and student may differ in rank and in space. Mappings are paired by key; the
+          teacher's first one sets the order, that of ``channels``
         - returns: scalar
 
     Padding tokens count as positions. Multiply the features by the mask first
@@ -129,8 +130,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         RuntimeError: features of an earlier step were read from hooks again.
         TypeError: features are no list or mapping of floating-point tensors, or of a precision
             higher than the heads'.
-        ValueError: their count, keys, channels, batch or device does not fit, or they are not
-            finite. The message names the point. A setting of the loss is wrong.
+        ValueError: a setting is wrong; or the count, keys, channels, batch or device of features
+            does not fit, or they are not finite: then the message names the point.
 
     Example:
         >>> import torch
@@ -247,11 +248,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         Args:
             features: Feature maps of the teacher or of the student, one per sensing point.
             align_to: The teacher's features, if ``features`` are the student's. With shared heads
-                its vectors are aligned to them, as in `forward`. Without it the top k vectors enter
-                as they are.
+                the student's vectors are then aligned, as in `forward`; else its top k are taken.
             of: Whose heads are used, if the student has its own. By default the student's if
-                ``align_to`` is given or only its channels fit, else the teacher's. Pass "student"
-                for a student with the teacher's channels.
+                ``align_to`` is given or only the student's channels fit, else the teacher's. Pass
+                "student" for a student with the teacher's channels.
         """
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
         given = {"features": features} | ({} if align_to is None else {"align_to": align_to})

@@ -44,7 +44,7 @@ def assert_feature_hooks(
     the channels are on the axis where the loss looks for them; student and teacher have equal
     channels, or ``student_channels``, point by point; the student's features carry gradient to its
     own parameters, not to the teacher's; the teacher's batch norms are not in training mode; the
-    forward pass leaves no new hook behind.
+    forward pass adds no hook that stays.
 
     The models run twice each, in the mode they are in; the second time on one sample more, to see
     which axis is the batch. If a model raises on it, that check is left out. Buffers (running
@@ -56,8 +56,8 @@ def assert_feature_hooks(
         student_layers: Dotted module names in the student, front to back.
         teacher_layers: Dotted module names in the teacher, in the same order.
         sample: A batch as both models take it: a tensor ``b ...``, a mapping of keyword arguments
-            or a tuple or list of positional ones. Axis 0 of the first tensor with several entries
-            there is the batch.
+            or a tuple or list of positional ones. The batch is axis 0 of the first tensor where it
+            is longer than one.
         student_select: As in `FeatureHooks`, for the student. The channel axis of what a function
             selects is not checked.
         teacher_select: As in `FeatureHooks`, for the teacher.
