@@ -48,7 +48,7 @@ class Settings(common.Settings):
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
     learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # further factor on the student's channels
+    student_width: float = 1.0  # further factor on the student's channels; shared heads: 1
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
@@ -201,7 +201,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # once; then loaded
+            heads = train_heads(teacher, student_data, settings)  # trained once
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

@@ -177,7 +177,7 @@ def test_the_readme_states_what_else_was_measured():
     assert vgg_alone[0] > vgg_alone[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "own heads gained {:.1f} (VGG) and {:.1f} points (WRN, 60 epochs).".format(*second),
+        "with teachers of another seed: {:.1f} (VGG), {:.1f} (WRN, 60 epochs).".format(*second),
         f"untrained teacher (VGG or WRN) the student ends {-untrained} points below the student",
         f"reached {longer_alone:.1f} % in 180 epochs; with own heads it reached {own:.1f} % in 60.",
         "teacher {} %, student alone {} %), soft logits reached {} %, own heads {} %".format(
