@@ -7,10 +7,10 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
-heads of its own. The first command gives it 50 images of each class, a case for which the README
-advises the method; `--method mhgd-own-heads-soft-logits` would train it with soft logits too. The
-second command gives it all images. The third is small enough for two CPU cores; the fourth splits
-every batch over two processes. To continue a run, give its command again.
+heads of its own. The first command gives it 50 images of each class. For as few, on smaller
+networks, the README advises the method; `--method mhgd-own-heads-soft-logits` would add soft
+logits. The second command gives it all images. The third is small enough for two CPU cores; the
+fourth splits every batch over two processes. To continue a run, give its command again.
 
 The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
 them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
@@ -41,7 +41,7 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods not in
+# `squash` of the transfer loss: None in the paper, tanh in the authors' program. Methods not in
 # this dict take "scaled".
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
@@ -211,7 +211,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once
+            heads = train_heads(teacher, student_data, settings)  # trained at the first call only
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

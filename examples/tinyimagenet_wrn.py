@@ -34,7 +34,7 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# `squash` of the transfer loss: None in the poster, tanh in the authors' program. Methods not in
+# `squash` of the transfer loss: None in the paper, tanh in the authors' program. Methods not in
 # this dict take "scaled".
 SQUASH: dict[Method, Literal["tanh"] | None]
 SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
@@ -204,7 +204,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained once
+            heads = train_heads(teacher, student_data, settings)  # trained at the first call only
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 
