@@ -157,6 +157,23 @@ def test_what_is_not_finite_never_reaches_the_parameters_of_a_capturable_step():
             torch.testing.assert_close(held(p.grad), torch.full_like(held(p), 1 + part))
         assert int(held(optimizer.skipped)) == [0, 1, 2, 2][count]
     assert int(held(optimizer.state_dict()["skipped"])) == 2
+    assert optimizer.skipped.device.type == NAME
+
+
+@pytest.mark.parametrize("gate", ["norm", "sigmoid", lambda *_: 0.5])
+def test_capturable_calls_of_one_step_copy_nothing_from_or_to_the_host(device, monkeypatch, gate):
+    param, run = nn.Parameter(torch.ones(3).to(NAME)), SecondDevice.run
+    optimizer = GatedGradClip(torch.optim.SGD([param], lr=0.1), gate, capturable=True)
+
+    def refusing(self, func, args, kwargs):
+        assert func is not torch.ops.aten._to_copy.default or hasattr(args[0], "held")
+        return run(self, func, args, kwargs)
+
+    monkeypatch.setattr(SecondDevice, "run", refusing)
+    with device.counting() as seen:
+        for _ in range(2):
+            optimizer.backward(param.sum(), param.square().sum())
+    assert seen.waits == 0, seen.where
 
 
 @on_device

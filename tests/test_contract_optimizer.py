@@ -484,8 +484,9 @@ def test_a_step_on_other_gradients_warns_once(clear, by_closure):
     if clear != "nothing":  # after gated steps too
         on.train(range(2))
         CLEARING[clear](on)
-    with ungated():
+    with ungated() as caught:
         plain_step(on, by_closure=by_closure)
+    assert by_closure or caught[0].filename == __file__
     plain_step(on, by_closure=by_closure)  # warnings are errors here
     on.optimizer.zero_grad()
     plain_step(on, by_closure=by_closure)

@@ -203,6 +203,19 @@ def leaves_outside_the_optimizer_that_differ_are_refused(group):
 
 
 @law
+def blocks_are_as_large_as_those_of_one_process(group):
+    """Its rows have the columns of all processes."""
+    loss, entries = GraphTransferLoss(TEACHER, 3, process_group=group).double(), []
+    loss.squash = lambda logits: entries.append(logits[0].numel()) or logits
+    generator = torch.Generator().manual_seed(3)
+    maps = [torch.randn(8, c, 2, 2, generator=generator).double() for c in TEACHER]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graph_kd._graphs.BLOCK_ENTRIES", 16 * group.size())  # two rows
+        loss(maps, maps)
+    assert set(entries) == {16 * group.size()}
+
+
+@law
 def what_one_process_reaches_is_reached(group):
     """Only process 0's task reaches the second parameter, only its transfer the third."""
     a, b, c = (torch.zeros(1, requires_grad=True) for _ in range(3))

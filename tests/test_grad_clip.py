@@ -146,6 +146,14 @@ def test_what_anything_else_left_or_changed_is_task_gradient(by_wrapper, replace
     assert head.grad.item() == 8.0
 
 
+def test_a_task_gradient_of_another_counts_however_small():
+    body, head, optimizer = wrapped(1, 1)
+    head.grad = torch.tensor([1e-20])
+    optimizer.backward(3 * body, 1 * head)
+    # By its own norm, not by that of all task gradients.
+    assert optimizer.gates == pytest.approx([1e-20], rel=1e-6, abs=0.0)
+
+
 # Gradients that are not finite.
 
 
@@ -165,6 +173,14 @@ def test_a_transfer_gradient_that_is_not_finite_skips_those_of_the_whole_step(bo
         body.grad = head.grad = None  # clearing behind the wrapper's back begins a step too
     optimizer.backward(1 * body, 1 * body)
     assert (body.grad.item(), int(optimizer.skipped)) == (2.0, 2)
+
+
+def test_a_capturable_step_is_skipped_once_though_the_task_gradient_was_replaced():
+    body, head, optimizer = wrapped(1, 1, capturable=True)
+    optimizer.backward(1 * body, math.inf * head)
+    body.grad = body.grad.clone()
+    optimizer.backward(1 * body, 1 * head)
+    assert (body.grad.item(), head.grad.item(), int(optimizer.skipped)) == (2.0, 0.0, 1)
 
 
 def by_half(leaf, factor):
@@ -203,12 +219,32 @@ def test_2000_steps_without_overflow_double_the_scale_up_to_one(steps, last, ski
 
 
 @capturables
-def test_a_scale_that_was_halved_often_leaves_small_gradients_their_value(capturable):
+def test_an_overflow_in_the_2000th_calm_step_halves_the_scale_all_the_same(capturable):
     a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
-    for factor in (*[math.nan] * 30, 0.5):
+    for factor in (1e5, *[1.0] * 1999, 2e5, 2e5):  # the last fits into float16 by a quarter
         optimizer.zero_grad()
         optimizer.backward(a.sum(), by_half(a, factor))
-    assert a.grad.tolist() == [1.5, 1.5]
+    assert int(optimizer.skipped) == 2
+
+
+@capturables
+def test_a_scale_that_was_halved_often_leaves_small_gradients_their_value(capturable):
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    small = 2.0**-8  # times 2**-16, the first scale of `GradScaler` undone, it is float16's least
+    for factor in (*[math.nan] * 30, small):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), by_half(a, factor))
+    assert a.grad.tolist() == [1 + small, 1 + small]
+
+
+def test_the_scale_is_saved_after_the_count_was_set_back():
+    a, optimizer = wrapped((2,), bound=1e9)
+    optimizer.backward(a.sum(), by_half(a, 1e5))
+    optimizer.skipped = 0
+    b, other = wrapped((2,), bound=1e9)
+    other.load_state_dict(optimizer.state_dict())
+    other.backward(b.sum(), by_half(b, 1e5))
+    assert other.skipped == 0
 
 
 @capturables
@@ -579,6 +615,16 @@ def test_rejects_losses_that_can_not_train_the_parameters(which, bad, error, mes
     with pytest.raises(error, match=f"`{which}` {message}"):
         optimizer.backward(**losses)
     assert param.grad is None
+
+
+@pytest.mark.parametrize("which", ["task_loss", "transfer_loss"])
+def test_a_loss_must_reach_one_of_several_parameters(which):
+    a, b, other, optimizer = wrapped(1, 1, 1, held=2)
+    losses = {"task_loss": 1 * a, "transfer_loss": 1 * b}
+    optimizer.backward(**losses)
+    assert optimizer.gates == [1.0]
+    with pytest.raises(ValueError, match=f"`{which}` must depend on .* none of the 2 gets a gr"):
+        optimizer.backward(**losses | {which: 1 * other})
 
 
 @pytest.mark.parametrize("processes", [4, 1])

@@ -529,7 +529,7 @@ def do(request):
     The name of a model runs it. "student+teacher" is the loss of the features of both, "+teacher"
     that of the attention heads. "front" and "back" are hooks on other layers of the student and of
     the teacher; no hooks gave "unhooked" and "other". "keep" reads the features into lists, "look"
-    is a loss without gradient.
+    is a loss without gradient, "settle" that of the attention heads.
     """
     nets = {name: stages() for name in ("student", "assistant", "teacher")}
     features = {name: FeatureHooks(net, ["1", "2"]) for name, net in nets.items()}
@@ -556,6 +556,9 @@ def do(request):
         elif word == "look":
             with torch.no_grad():
                 follow("student+teacher")
+        elif word == "settle":
+            with torch.no_grad():
+                follow("+teacher")
         elif ours:
             transfer(read(ours), read(theirs))
         else:
@@ -602,6 +605,7 @@ def test_features_serve_their_own_step_and_a_kept_list_any(do, text):
         ("teacher", "student teacher student+teacher unhooked+teacher student", "student+teacher"),
         ("teacher", "teacher unhooked+teacher unhooked+teacher teacher_copy", "unhooked+teacher"),
         ("teacher", "teacher +teacher +teacher teacher_copy", "+teacher"),
+        ("teacher", "teacher settle settle teacher_copy", "settle"),  # running statistics move
         # Whatever the features are used for: a copy runs, they are read, and so on.
         ("hooked model", "student teacher keep teacher_copy keep teacher_copy", "+teacher"),
     ],

@@ -391,6 +391,7 @@ REFUSED = [
         "The 2 entries of `sample` are its arguments; of a batch .* pass the images alone",
         pair(stages(), sample=(x, x[:, 0])),
     ),
+    ("missing 1 required positional argument: 'input2'$", pair(nn.Bilinear(6, 6, 8), None, [""])),
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
     *[
         (NO_SAMPLE, pair(stages()) | {"sample": sample})
