@@ -242,23 +242,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Data:
-    """Images to learn from and images to measure on, on the device.
-
-    Args:
-        train: Images to learn from.
-        test: Images to measure on.
-        classes: Number of classes.
-        batch_size: Images a step, of all processes.
-        digest: Checksum of both sets, for records.
-        mean, std: Of each channel over the training pixels, ``1 c 1 1``.
-    """
+    """Images to learn from and images to measure on, on the device."""
 
     train: ImageSet
     test: ImageSet
     classes: int
-    batch_size: int
-    digest: int
-    mean: Tensor
+    batch_size: int  # images a step, of all processes
+    digest: int  # checksum of both sets, for records
+    mean: Tensor  # of each channel over the training pixels, ``1 c 1 1``
     std: Tensor
 
     def share(self, share: float) -> Data:
@@ -332,12 +323,7 @@ def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, Image
 
 
 def random_crop_flip(images: Tensor, order: torch.Generator, padding: int = 4) -> Tensor:
-    """Pad each image by reflection, crop it at random to its size, and flip half of them.
-
-    Shape:
-        - images: ``b c h w``
-        - returns: ``b c h w``, float32
-    """
+    """Pad images ``b c h w`` by reflection, crop them at random to their size, and flip half."""
     b, _, h, w = images.shape
     corner = torch.randint(2 * padding + 1, (2, b), generator=order)
     mirror = torch.randint(2, (1, b), generator=order)
@@ -495,37 +481,22 @@ class Run:
 
     The checkpoint is a file of its own in ``OUT/networks``, named after a digest of all settings
     that the network depends on: other settings are another file. A finished network is loaded, not
-    trained again. Its record goes to ``OUT/records.jsonl``.
-
-    Args:
-        settings: Of the script.
-        data: What it learns from.
-        method: What trains it, as "teacher" or "mhgd".
-        uses: The settings that it depends on; None takes those of `dependencies`.
-        **networks: Their names, as ``teacher="VGG16"``.
-
-    Attributes:
-        order: Generator of the order of images and of the augmentation.
-        record: What the record says.
+    trained again. Its record goes to ``OUT/records.jsonl``. ``uses`` names the settings that it
+    depends on, by default those of `dependencies`; ``**networks`` are as ``teacher="VGG16"``.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        data: Data,
-        method: str,
-        uses: Sequence[str] | None = None,
-        **networks: str,
+        self, settings: Settings, data: Data, method: str, uses: Sequence[str] = (), **networks: str
     ) -> None:
         always = ("seed", "batch_size", "learning_rate", "width", "amp", "split")
-        names = (*always, *(dependencies(method) if uses is None else uses))
+        names = (*always, *(uses or dependencies(method)))
         cell: dict[str, Any] = {name: getattr(settings, name) for name in names}
         cell |= {"method": method, "classes": data.classes, "images": data.digest, **networks}
         cell["data"] = settings.data_name
         if (teacher_seed := vars(settings).get("teacher_seed")) is not None:
             cell["teacher_seed"] = teacher_seed
         key = zlib.crc32(json.dumps(cell, sort_keys=True).encode())
-        self.seed, self.order = settings.seed, torch.Generator()
+        self.seed, self.order = settings.seed, torch.Generator()  # of images and augmentation
         self.file = settings.out / "networks" / f"{method}-{settings.seed}-{key:08x}.pt"
         self.records = settings.out / "records.jsonl"
         read_runs(self.records)  # an error comes before the training
@@ -536,12 +507,9 @@ class Run:
         self.record: dict[str, Any] = self.saved.get("record", new)
 
     def epochs(self, phase: str, count: int, **parts: Any) -> Iterator[int]:
-        """Yield the remaining epochs of a phase, and write a checkpoint after each.
+        """Yield the epochs that remain of ``count``, and write a checkpoint after each.
 
-        Args:
-            phase: Its name in the record.
-            count: Epochs in all.
-            **parts: What the phase changes: "model", "optimizer" and so on.
+        ``**parts`` are what the phase changes: "model", "optimizer" and so on.
         """
         self.phase, self.optimizer = phase, parts["optimizer"]
         epochs = self.record["phases"].setdefault(phase, [])
@@ -566,12 +534,7 @@ class Run:
             bar.set_postfix(epochs[-1])
 
     def log(self, losses: Iterable[Sequence[Tensor]], **measured: float) -> None:
-        """Add an epoch to the record.
-
-        Args:
-            losses: Of each step the loss and, if there is one, the transfer loss.
-            **measured: What else to record, as ``test_accuracy``.
-        """
+        """Add an epoch to the record: means of the losses of each step, and what was measured."""
         rows = torch.stack([torch.stack(list(row)).detach().float() for row in losses])
         means = finite(sum_over_processes(rows.mean(dim=0)) / num_processes()).tolist()
         named = zip(("loss", "transfer_loss"), means, strict=False)

@@ -36,22 +36,14 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """A pair of networks, or a number of attention heads, of a table.
-
-    Args:
-        title: What the table calls it.
-        script: The script that shows its data and networks.
-        teacher, student: Names of the networks.
-        published: Accuracy of each method as printed, per cent.
-        num_heads: Attention heads, if the table varies them.
-    """
+    """A pair of networks, or a number of attention heads, of a table."""
 
     title: str
-    script: str
+    script: str  # shows its data and networks
     teacher: str
     student: str
-    published: Mapping[str, float]
-    num_heads: int | None = None
+    published: Mapping[str, float]  # accuracy of each method as printed, per cent
+    num_heads: int | None = None  # if the table varies them
 
 
 COMPARED = ("teacher", "student", "soft-logits", "fsp", "ab", "kd-svd", "kd-svdf", "mhgd")

@@ -23,13 +23,7 @@ from graph_kd import FeatureHooks, GatedGradClip
 class Distillation:
     """Train a student by a method of `RECIPES`, with a script's optimizer and sensing points.
 
-    Args:
-        method: Its name.
-        student: A new network.
-        teacher: A trained network, or a new one where both learn.
-        data: What the student learns from.
-        settings: Of the run.
-        script: The script that shows the sensing points and the optimizer.
+    The student is new; the teacher is trained, or new where both learn.
     """
 
     def __init__(
