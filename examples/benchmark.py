@@ -14,12 +14,10 @@ Axis letters: ``b`` sample, ``n`` position, ``c`` channel, ``k`` singular vector
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import common
@@ -33,6 +31,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss, SVDFeature
@@ -94,31 +93,19 @@ def trained_pairs(settings: Settings) -> list[tuple[Network, Network]]:
     return pairs
 
 
-def seconds_of(tasks: Tasks, settings: Settings) -> dict[str, list[float]]:
-    """Time each task once in every round, after a round that warms up.
+def seconds_of(tasks: Tasks, repeats: int) -> pd.DataFrame:
+    """Time each task once in every round, a line a round, after a round that warms up.
 
     What slows the machine for a while slows all tasks, so that their ratios hold.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in tqdm(range(settings.repeats + 1), "rounds", leave=False):
+    rounds: list[dict[str, float]] = []
+    for _ in tqdm(range(repeats + 1), "rounds", leave=False):
+        rounds.append({})
         for name, task in tasks.items():
-            started = now(settings.device)
+            started = timer()  # it waits for what the device has been given to do
             task()
-            if number:
-                seconds[name].append(now(settings.device) - started)
-    return seconds
-
-
-def now(device: str) -> float:
-    """Return the time after all that the device has been given to do."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return the median over the rounds of the ratio of two times."""
-    return median(a / b for a, b in zip(ours, theirs, strict=True))
+            rounds[-1][name] = timer() - started
+    return pd.DataFrame(rounds[1:])
 
 
 def peak_bytes(task: Callable[[], object], device: str) -> int:
@@ -235,11 +222,11 @@ def measure_vectors(points: list[Point], kind: str, settings: Settings) -> list[
         name: partial(lambda step: [step(*point) for point in points], step)
         for name, step in steps.items()
     }
-    seconds = seconds_of(tasks, settings)
+    seconds = seconds_of(tasks, settings.repeats)
     rows = []
     for name, task in tasks.items():
-        row = {"method": name, "seconds": median(seconds[name])}
-        row["ours / this"] = ratio(seconds["graph-kd"], seconds[name])
+        row = {"method": name, "seconds": seconds[name].median()}
+        row["ours / this"] = (seconds["graph-kd"] / seconds[name]).median()
         row["peak_bytes"] = peak_bytes(task, settings.device)
         known = name in WAYS and kind == "small gaps"
         rows.append(row | (errors(WAYS[name], points) if known else {}))
@@ -306,14 +293,14 @@ def measure_step(
         "complete": complete(GraphTransferLoss(channels)),
         "own heads": complete(GraphTransferLoss(channels, student_channels=channels)),
     }
-    seconds = seconds_of({"teacher forward": lambda: teacher(images), **tasks}, settings)
+    seconds = seconds_of({"teacher forward": lambda: teacher(images), **tasks}, settings.repeats)
     peaks = {name: peak_bytes(task, settings.device) for name, task in tasks.items()}
     student_hooks.remove()
     teacher_hooks.remove()
     return {
-        "seconds": {name: median(values) for name, values in seconds.items()},
+        "seconds": seconds.median().to_dict(),
         **{
-            f"{step} / {other}": ratio(seconds[step], seconds[other])
+            f"{step} / {other}": (seconds[step] / seconds[other]).median()
             for step in ("complete", "own heads")
             for other in ("floor", "student alone")
         },
@@ -338,8 +325,8 @@ def measure_growth(samples: int, settings: Settings) -> dict[str, Any]:
         for name, rows in forms.items()
     }
     row: dict[str, Any] = {"samples": samples}
-    for name, values in seconds_of(tasks, settings).items():
-        row[f"{name}_seconds"] = median(values)
+    for name, seconds in seconds_of(tasks, settings.repeats).median().items():
+        row[f"{name}_seconds"] = seconds
         row[f"{name}_bytes"] = peak_bytes(tasks[name], settings.device)
     return row
 
