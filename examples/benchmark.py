@@ -348,21 +348,17 @@ def tables(record: Mapping[str, Any]) -> str:
         found["Growth"] = pd.DataFrame(record["growth"]).set_index("samples")
     text = [f"{where}, medians of {rounds} rounds."]
     for title, lines in found.items():
-        columns = {}
-        for name in lines:
-            scale = 1e3 if "seconds" in name else 2**-20 if "bytes" in name else 1
-            columns[renamed(name)] = [text_of(value, scale) for value in lines[name]]
-        shown = pd.DataFrame(columns, lines.index)
+        shown = lines.apply(cells).rename(columns=renamed)
         shown = shown.T if title == "A step" else shown
         text += [f"{title}:", shown.to_markdown(disable_numparse=True)]
     return "\n\n".join(text) + "\n"
 
 
-def text_of(value: float, scale: float) -> str:
-    """Return a cell: three digits of a number."""
-    if value != value:  # NaN: not measured
-        return "–"
-    return f"{scale * value:.0f}" if 1000 <= scale * value < math.inf else f"{scale * value:.3g}"
+def cells(column: pd.Series[float]) -> pd.Series[str]:
+    """Return a column as text: three digits of each number, a dash where none was measured."""
+    scale = 1e3 if "seconds" in column.name else 2**-20 if "bytes" in column.name else 1
+    digits = (scale * column).map(lambda x: f"{x:.0f}" if 1000 <= x < math.inf else f"{x:.3g}")
+    return digits.where(column.notna(), "–")
 
 
 def renamed(name: str) -> str:
@@ -380,10 +376,8 @@ def measure(part: Part, settings: Settings) -> Any:
     images, labels = (part[: settings.batch_size] for part in digits(settings))
     if part == "step":
         return {
-            f"{teacher.name} → {student.name}": measure_step(
-                teacher, student, images, labels, settings
-            )
-            for teacher, student in pairs
+            f"{pair[0].name} → {pair[1].name}": measure_step(*pair, images, labels, settings)
+            for pair in pairs
         }
     points = [point for pair in pairs for point in points_of(*pair, images)]
     kinds = {"trained": points, "small gaps": [(small_gaps(t), small_gaps(s)) for t, s in points]}
