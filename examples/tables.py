@@ -109,60 +109,42 @@ def frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a line a measured network: settings as text, accuracy, gain over the student alone.
 
     The gain pairs a student with the student alone of the same seed: both have the same first
-    weights, batches and test images.
+    weights, batches and test images. Lines are sorted by settings, those without one first.
     """
     measured = [record for record in records if "accuracy" in record]
-    alone = {
-        pair_of(record["settings"]): record["accuracy"]
-        for record in measured
-        if record["settings"]["method"] == "student"
-    }
-    lines = []
-    for record in sorted(measured, key=lambda record: place_of(record["settings"])):
-        settings, accuracy = record["settings"], record["accuracy"]
-        gained = settings["method"] not in ("teacher", "student")
-        base = alone.get(pair_of(settings)) if gained else None
-        *_, epochs = record["phases"].values()
-        lines.append(
-            {name: str(value_of(settings, name)) for name in VARIED}
-            | {"method": settings["method"], "seed": settings["seed"], "accuracy": accuracy}
-            | {"gain": None if base is None else accuracy - base}
-            | {"loss": epochs[-1].get("loss")}
-            | {"curve": [epoch["test_accuracy"] for epoch in epochs]}
-        )
-    return pd.DataFrame(lines)
+    last = [list(record["phases"].values())[-1] for record in measured]
+    by = [*VARIED, "method", "seed"]
+    names = list(dict.fromkeys([*by, *PAIRED]))
+    settings = [about(record["settings"]) for record in measured]
+    lines = pd.DataFrame(settings, columns=names, dtype=object)
+    lines["accuracy"] = [record["accuracy"] for record in measured]
+    lines["loss"] = [epochs[-1].get("loss") for epochs in last]
+    lines["curve"] = [[epoch["test_accuracy"] for epoch in epochs] for epochs in last]
+    alone = lines["accuracy"].where(lines["method"] == "student")
+    base = alone.groupby([lines[name] for name in PAIRED], dropna=False).transform("last")
+    lines["gain"] = (lines["accuracy"] - base).where(lines["method"] != "student")
+    order = {"network": list(NETWORKS), "method": list(TITLES)}  # a teacher before its students
+    lines = lines.sort_values(
+        by,
+        key=lambda column: pd.Categorical(column, order.get(column.name), ordered=True),
+        na_position="first",
+    )
+    lines[names] = lines[names].map(lambda value: MISSING if pd.isna(value) else str(value))
+    return lines
 
 
-def pair_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a student has in common with the student alone that it is compared with."""
-    return tuple(value_of(settings, name) for name in PAIRED)
-
-
-def place_of(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return where a record stands in a table: by settings, those without one first; by method."""
-    values = {name: value_of(settings, name) for name in VARIED}
-    if values["network"] != MISSING:
-        values["network"] = list(NETWORKS).index(values["network"])  # a teacher before its students
-    first = [(value != MISSING, 0 if value == MISSING else value) for value in values.values()]
-    return (*first, list(TITLES).index(settings["method"]), settings["seed"])
-
-
-def value_of(settings: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a record; "network" is the trained one.
+def about(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a record; "network" is the trained one.
 
     The seed of a teacher is its "teacher_seed". The first records have no width of the student.
     """
-    own = {"network": "teacher", "teacher_seed": "seed"} if settings["method"] == "teacher" else {}
-    name = own.get(name, "student" if name == "network" else name)
-    given = settings["method"] != "teacher" and name == "student_width"
-    return settings.get(name, 1.0 if given else MISSING)
+    if settings["method"] == "teacher":
+        return {**settings, "network": settings.get("teacher"), "teacher_seed": settings["seed"]}
+    return {"student_width": 1.0, **settings, "network": settings.get("student")}
 
 
-def groups(
-    records: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, dict[str, str], pd.DataFrame]]:
-    """Yield method, the settings that vary in the table, and the lines of all seeds."""
-    lines = frame(records)
+def groups(lines: pd.DataFrame) -> Iterator[tuple[str, dict[str, str], pd.DataFrame]]:
+    """Yield method, the settings that vary among the students, and the lines of all seeds."""
     students = lines[lines["method"] != "teacher"]
     found = {name: set(students[name]) - {MISSING} for name in VARIED}
     varied = [name for name, values in found.items() if len(values) > 1]
@@ -191,7 +173,7 @@ def interval(gains: pd.Series[float]) -> str:
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """Return a table with a line for each method and each setting that varies."""
     rows = []
-    for method, settings, group in groups(records):
+    for method, settings, group in groups(frame(records)):
         rows.append(
             {"method": TITLES[method], **settings}
             | {"accuracy, %": spread(group["accuracy"])}
@@ -208,18 +190,16 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     Means with standard deviations after the last epoch, and means over epochs. Teachers are drawn
     if there is no student.
     """
-    measured = [record for record in records if "accuracy" in record]
-    if not measured:  # of an untrained teacher and its heads
+    measured = frame(records)
+    if measured.empty:  # of an untrained teacher and its heads
         return
-    students = [r for r in measured if r["settings"]["method"] != "teacher"] or measured
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    found = {name: {value_of(r["settings"], name) for r in students} for name in PAIRED}
-    told = [name for name in PAIRED if name not in ("seed", "images") and len(found[name]) > 1]
-    for record in sorted(students, key=lambda record: place_of(record["settings"])):
-        values = {name.replace("_", " "): value_of(record["settings"], name) for name in told}
-        title = ", ".join(f"{name} {value}" for name, value in values.items())
-        rows.setdefault(title, []).append(record)
-    shown = {title: list(groups(of_row)) for title, of_row in rows.items()}
+    students = measured[measured["method"] != "teacher"]
+    students = measured if students.empty else students
+    told = [n for n in PAIRED if n not in ("seed", "images") and students[n].nunique() > 1]
+    titles = students.apply(
+        lambda line: ", ".join(f"{name.replace('_', ' ')} {line[name]}" for name in told), axis=1
+    )
+    shown = {title: list(groups(of_row)) for title, of_row in students.groupby(titles, sort=False)}
     heights = [2 + len(lines) for lines in shown.values()]
     figure = Figure(figsize=(12.0, 0.27 * sum(heights) + 0.5), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False, height_ratios=heights)
@@ -236,7 +216,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             curves.plot(range(1, len(means) + 1), means, style, color=colour)
         bars.set_yticks(range(len(names)), names, fontsize="small")
         bars.set_ylim(len(lines) - 0.5, -0.5)
-        bars.set_xlim(0, 1.05 * max(record["accuracy"] for record in students))
+        bars.set_xlim(0, 1.05 * students["accuracy"].max())
         bars.set_title(title, fontsize="small", loc="left")
         curves.set_ylabel("accuracy, %", fontsize="small")
         curves.xaxis.get_major_locator().set_params(integer=True)
