@@ -52,34 +52,33 @@ class Form:
     wrong: int = 0  # of each ten labels of the student
 
 
-PLAIN = Form()
-EQUAL = replace(PLAIN, channels=CHANNELS)
-WRONG = replace(PLAIN, wrong=4)
-EIGHTH = replace(PLAIN, channels=tuple(channels // 8 for channels in CHANNELS))
+EQUAL = Form(channels=CHANNELS)
+WRONG = Form(wrong=4)
+EIGHTH = Form(channels=tuple(channels // 8 for channels in CHANNELS))
 ROWS = {
-    "half: alone": replace(PLAIN, method="alone"),
-    "half: soft logits": replace(PLAIN, method="soft logits"),
-    "half: own heads": PLAIN,
-    "half: control, untrained teacher": replace(PLAIN, teacher="untrained"),
-    "half: bound 1": replace(PLAIN, bound=1.0),
-    "half: bound 3": replace(PLAIN, bound=3.0),
-    "half: logits as they are": replace(PLAIN, squash=None),
-    "half: k = 2": replace(PLAIN, k=2),
-    "half: k = 4": replace(PLAIN, k=4),
-    "half: heads' rate × 0.1": replace(PLAIN, head_rate=0.1),
-    "half: heads' rate × 0.3": replace(PLAIN, head_rate=0.3),
-    "half: heads' rate × 3": replace(PLAIN, head_rate=3.0),
-    "half: bound 30": replace(PLAIN, bound=30.0),
-    "half: one task norm": replace(PLAIN, task_norm="global"),
-    "half: one task norm, bound 1": replace(PLAIN, task_norm="global", bound=1.0),
-    "half: largest task norm so far": replace(PLAIN, task_norm="largest"),
-    "half: largest task norm so far, bound 1": replace(PLAIN, task_norm="largest", bound=1.0),
-    "half: mean task norm so far": replace(PLAIN, task_norm="mean"),
-    "half: mean task norm so far, bound 1": replace(PLAIN, task_norm="mean", bound=1.0),
-    "half: 1 head": replace(PLAIN, num_heads=1),
-    "half: 32 heads": replace(PLAIN, num_heads=32),
-    "half: logits / 1.5": replace(PLAIN, squash=1.5),
-    "half: logits / 24": replace(PLAIN, squash=24.0),
+    "half: alone": Form(method="alone"),
+    "half: soft logits": Form(method="soft logits"),
+    "half: own heads": Form(),
+    "half: control, untrained teacher": Form(teacher="untrained"),
+    "half: bound 1": Form(bound=1.0),
+    "half: bound 3": Form(bound=3.0),
+    "half: logits as they are": Form(squash=None),
+    "half: k = 2": Form(k=2),
+    "half: k = 4": Form(k=4),
+    "half: heads' rate × 0.1": Form(head_rate=0.1),
+    "half: heads' rate × 0.3": Form(head_rate=0.3),
+    "half: heads' rate × 3": Form(head_rate=3.0),
+    "half: bound 30": Form(bound=30.0),
+    "half: one task norm": Form(task_norm="global"),
+    "half: one task norm, bound 1": Form(task_norm="global", bound=1.0),
+    "half: largest task norm so far": Form(task_norm="largest"),
+    "half: largest task norm so far, bound 1": Form(task_norm="largest", bound=1.0),
+    "half: mean task norm so far": Form(task_norm="mean"),
+    "half: mean task norm so far, bound 1": Form(task_norm="mean", bound=1.0),
+    "half: 1 head": Form(num_heads=1),
+    "half: 32 heads": Form(num_heads=32),
+    "half: logits / 1.5": Form(squash=1.5),
+    "half: logits / 24": Form(squash=24.0),
     "equal: paper's form, bound 1": replace(EQUAL, method="paper", bound=1.0),
     "equal: paper's form, bound 3": replace(EQUAL, method="paper", bound=3.0),
     "equal: paper's form, bound 30": replace(EQUAL, method="paper", bound=30.0),
@@ -89,10 +88,8 @@ ROWS = {
     "equal: own heads, copied": replace(EQUAL, copied=True),
     "equal: own heads, copied, rate × 0.1": replace(EQUAL, copied=True, head_rate=0.1),
     "equal: control, untrained teacher": replace(EQUAL, teacher="untrained"),
-    "half, teacher of rotations: soft logits": replace(
-        PLAIN, teacher="rotations", method="soft logits"
-    ),
-    "half, teacher of rotations: own heads": replace(PLAIN, teacher="rotations"),
+    "half, teacher of rotations: soft logits": Form(method="soft logits", teacher="rotations"),
+    "half, teacher of rotations: own heads": Form(teacher="rotations"),
     "half, 4 of 10 labels wrong: alone": replace(WRONG, method="alone"),
     "half, 4 of 10 labels wrong: soft logits": replace(WRONG, method="soft logits"),
     "half, 4 of 10 labels wrong: own heads": WRONG,
