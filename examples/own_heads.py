@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,11 +116,11 @@ class Config:
         common.check(self)
 
 
-def train_student(
-    form: Form, teacher: VGG, heads: GraphTransferLoss, seed: int, settings: quickstart.Config
-) -> float:
+def train_student(form: Form, seed: int, settings: quickstart.Config) -> float:
     """Train one student with the teacher's attention heads; return its accuracy."""
     train, measured = quickstart.load(settings.split)
+    teacher = teacher_of(form.teacher, seed, settings)
+    heads = heads_of(form.teacher, form.k, form.num_heads, seed, settings)
     few = mislabelled(quickstart.take_per_class(train, settings.labels, seed), form.wrong, seed)
     torch.manual_seed(seed)
     student = VGG(1, form.channels)
@@ -135,11 +135,11 @@ def train_student(
     if form.copied:
         for own_head, head in zip(transfer.student_heads, transfer.estimators, strict=True):
             own_head.load_state_dict(head.state_dict(), strict=False)  # θ and φ, not f1 and f2
-    params: list[dict[str, Any]] = [{"params": student.parameters()}]
     own_rate = form.head_rate * settings.student_rate
-    params += [{"params": transfer.student_heads.parameters(), "lr": own_rate}]
+    own_heads = {"params": transfer.student_heads.parameters(), "lr": own_rate}
+    learning = {"params": [{"params": student.parameters()}, own_heads], **gate_of(form)}
     method = form.method if form.method in ("alone", "soft logits") else "MHGD"
-    learning = {"params": params, **gate_of(form)}
+    settings = replace(settings, bound=form.bound)
     quickstart.train_student(
         method, student, teacher, transfer, few, train, seed, settings, **learning
     )
@@ -178,32 +178,26 @@ def gate_of(form: Form) -> dict[str, Any]:
     return {"scope": "global", "gate": gate}
 
 
-def teachers_of(
-    seed: int, settings: quickstart.Config
-) -> dict[tuple[str, int, int], tuple[VGG, GraphTransferLoss]]:
-    """Return teacher and attention heads by "trained" or "untrained", k, and number of heads."""
+@cache
+def teacher_of(kind: str, seed: int, settings: quickstart.Config) -> VGG:
+    """Return a frozen teacher, the same one for all forms."""
+    if kind == "untrained":
+        torch.manual_seed(seed)
+        return VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
     train, _ = quickstart.load(settings.split)
-    torch.manual_seed(seed)
-    untrained = VGG(convs_per_stage=2).eval().requires_grad_(requires_grad=False)
-    of_kind = {
-        "untrained": untrained,
-        "trained": quickstart.train_teacher(train, seed, settings),
-        "rotations": quickstart.train_teacher(rotated(train), seed, settings),
-    }
-    return {
-        (kind, k, num_heads): (
-            of_kind[kind],
-            quickstart.train_heads(
-                of_kind[kind], train, seed, replace(settings, num_heads=num_heads), k=k
-            ),
-        )
-        for kind, k, num_heads in dict.fromkeys(map(teaching, ROWS.values()))
-    }
+    return quickstart.train_teacher(
+        rotated(train) if kind == "rotations" else train, seed, settings
+    )
 
 
-def teaching(form: Form) -> tuple[str, int, int]:
-    """Return what decides which teacher and attention heads a form needs."""
-    return form.teacher, form.k, form.num_heads
+@cache
+def heads_of(
+    kind: str, k: int, num_heads: int, seed: int, settings: quickstart.Config
+) -> GraphTransferLoss:
+    """Return attention heads trained on a teacher, the same ones for all forms that can share."""
+    train, _ = quickstart.load(settings.split)
+    teacher = teacher_of(kind, seed, settings)
+    return quickstart.train_heads(teacher, train, seed, replace(settings, num_heads=num_heads), k=k)
 
 
 def run(config: Config) -> None:
@@ -226,10 +220,8 @@ def run(config: Config) -> None:
         left = {name: form for name, form in ROWS.items() if (name, seed) not in done}
         if config.render or not left:
             continue
-        teachers = teachers_of(seed, settings)
         for name, form in tqdm(left.items(), f"seed {seed}"):
-            of_form = replace(settings, bound=form.bound)
-            accuracy = train_student(form, *teachers[teaching(form)], seed, of_form)
+            accuracy = train_student(form, seed, settings)
             record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form), **about}
             records.append(record | {"versions": common.versions("cpu")})
             records.sort(key=lambda record: list(ROWS).index(record["row"]))
