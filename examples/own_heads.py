@@ -12,7 +12,6 @@ line a student.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -246,21 +245,16 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 def table(records: list[dict[str, Any]]) -> str:
     """Return Markdown with a line a row: accuracy, and the difference to own heads by seed."""
     frame = pd.DataFrame(records)
-    frame["usual"] = frame["row"].str.split(":").str[0] + ": own heads"
-    usual = frame.set_index(["row", "seed"])["accuracy"].to_dict()
-    pairs = zip(frame["usual"], frame["seed"], strict=True)
-    frame["difference"] = frame["accuracy"] - [usual.get(pair, math.nan) for pair in pairs]
-    rows = [
-        {
-            "form": row,
-            "accuracy, %": tables.spread(of_row["accuracy"]),
-            "against own heads, 95 % interval": tables.interval(of_row["difference"])
-            if of_row["difference"].any()
-            else tables.MISSING,
-        }
-        for row, of_row in frame.groupby("row", sort=False)
-    ]
-    text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    group = frame["row"].str.split(":").str[0]
+    is_usual = frame["row"] == group + ": own heads"
+    usual = frame["accuracy"].where(is_usual).groupby([group, frame["seed"]]).transform("last")
+    frame["difference"] = (frame["accuracy"] - usual).mask(is_usual)
+    rows = frame.rename(columns={"row": "form"}).groupby("form", sort=False)
+    columns = {
+        "accuracy, %": rows["accuracy"].agg(tables.spread),
+        "against own heads, 95 % interval": rows["difference"].agg(tables.interval),
+    }
+    text: str = pd.DataFrame(columns).to_markdown(disable_numparse=True)
     return text
 
 
