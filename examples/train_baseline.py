@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from math import exp
 from types import ModuleType
@@ -55,16 +54,15 @@ class Distillation:
         uses += ["bound"] if self.recipe.gated else []
         uses += ["soft_share"] if method == "soft-logits" else []
         uses += ["first_epochs"] if self.recipe.schedule in ("initialise", "prepare") else []
-        names = {"teacher": teacher.name, "student": student.name}
-        self.run = Run(settings, data, method, uses, **names)
+        self.run = Run(settings, data, method, uses, teacher=teacher.name, student=student.name)
 
     def train(self) -> dict[str, Any]:
         """Train the student and return its record."""
         rate, first = self.settings.learning_rate, self.settings.first_epochs
         learning = [*self.student.parameters(), *self.module.parameters()]
         if self.recipe.schedule == "initialise":
-            slow = self.recipe.first_rate * rate
-            self.descend("initialise", first, self.optimizer(learning, slow))
+            slow = replace(self.settings, learning_rate=self.recipe.first_rate * rate)
+            self.descend("initialise", first, self.script.gated_sgd(learning, slow, self.bound))
             learning = list(self.student.parameters())
         elif self.recipe.schedule == "prepare":
             named = list(self.module.paraphraser.named_parameters())
@@ -77,16 +75,11 @@ class Distillation:
             learning = [p for p in learning if p.requires_grad]
         elif self.mutual:
             learning += self.teacher.parameters()
-        self.descend("student", self.settings.epochs, self.optimizer(learning, rate))
+        optimizer = self.script.gated_sgd(learning, self.settings, self.bound)
+        self.descend("student", self.settings.epochs, optimizer)
         for hooks in self.hooks.values():
             hooks.remove()
         return self.run.finish()
-
-    def optimizer(self, params: Iterable[Tensor], rate: float) -> GatedGradClip:
-        """Return the script's optimizer with another learning rate."""
-        settings = replace(self.settings, learning_rate=rate)
-        optimizer: GatedGradClip = self.script.gated_sgd(params, settings, self.bound)
-        return optimizer
 
     def descend(self, phase: str, epochs: int, optimizer: GatedGradClip) -> None:
         """Run a phase; only the student's lowers its learning rate and measures the accuracy."""
