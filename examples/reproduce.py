@@ -86,13 +86,9 @@ def cells(settings: Settings) -> Iterator[tuple[Row, str, Settings]]:
                     methods = tuple(m for m in methods if m in (settings.methods or methods))
                 else:
                     methods = settings.methods or (*methods, *FORMS)
-                of_script = import_module(row.script).Settings.data_name
-                of_cell = replace(
-                    settings,
-                    seed=seed,
-                    num_heads=row.num_heads or settings.num_heads,
-                    data_name=settings.data_name or of_script,
-                )
+                heads = row.num_heads or settings.num_heads
+                data_name = settings.data_name or import_module(row.script).Settings.data_name
+                of_cell = replace(settings, seed=seed, num_heads=heads, data_name=data_name)
                 for method in ("teacher", *methods):
                     # With the method, so that the settings are checked against it.
                     yield row, method, replace(of_cell, method=(method,))  # type: ignore[arg-type] # or a baseline
