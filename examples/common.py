@@ -161,9 +161,7 @@ def is_main() -> bool:
 
 def own_share(rows: Tensor) -> Tensor:
     """Return the rows of this process, in rank order."""
-    count = num_processes()
-    rank = 0 if count == 1 else dist.get_rank()
-    return rows[rank * len(rows) // count : (rank + 1) * len(rows) // count]
+    return rows if process_group() is None else rows.tensor_split(num_processes())[dist.get_rank()]
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
