@@ -358,9 +358,8 @@ class CifarUnpickler(pickle.Unpickler):
 def read_cifar100(path: Path | None) -> tuple[ImageSet, ImageSet]:
     """Return training and test images of CIFAR-100, or of another set in its Python layout.
 
-    Args:
-        path: A folder that is or contains ``cifar-100-python`` (or its ``.tar.gz``), or that
-            archive, which is read in place. None downloads it once.
+    ``path`` is or contains the folder ``cifar-100-python`` or its ``.tar.gz``, which is read in
+    place; None downloads it once.
     """
     path = Path(download(CIFAR100_URL, CIFAR100_MD5)) if path is None else path
     for folder in (path, path / CIFAR100):
@@ -390,10 +389,7 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
     """Return training and validation images of Tiny ImageNet, or of another set in its layout.
 
     Classes are numbered as in ``wnids.txt``. The images are decoded once; later calls read them
-    from the cache.
-
-    Args:
-        path: A folder that is or contains ``tiny-imagenet-200``. None downloads it once.
+    from the cache. ``path`` is or contains ``tiny-imagenet-200``; None downloads it once.
     """
     if path is None:
         path = Path(os.path.commonpath(download(TINY_URL, TINY_MD5, processor=pooch.Unzip())))
