@@ -43,7 +43,6 @@ KINDS = {"trained": "of trained networks", "small gaps": "with gaps of 1.5 %"}
 CHANNELS = (64, 128)  # of the two sensing points whose loss grows with the batch
 Part = Literal["vectors", "step", "growth"]
 Point = tuple[Tensor, Tensor]  # the maps ``b n c`` of teacher and student at one sensing point
-Tasks = Mapping[str, Callable[[], object]]
 Way = Callable[[Tensor, int], Tensor]  # from ``b n c`` and k to right singular vectors ``b k c``
 
 
@@ -94,7 +93,7 @@ def trained_pairs(settings: Settings) -> list[tuple[Network, Network]]:
     return pairs
 
 
-def seconds_of(tasks: Tasks, repeats: int) -> pd.DataFrame:
+def seconds_of(tasks: Mapping[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
     """Time each task once in every round, a line a round, after a round that warms up.
 
     What slows the machine for a while slows all tasks, so that their ratios hold.
