@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,15 +31,13 @@ from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
 from graph_kd import GraphTransferLoss
 
-HALF = tuple(channels // 2 for channels in CHANNELS)
-
 
 @dataclass(frozen=True)
 class Form:
     """A way to train a student; the defaults are what each row changes one of."""
 
     method: Literal["alone", "soft logits", "paper", "own heads"] = "own heads"
-    channels: tuple[int, ...] = HALF
+    channels: tuple[int, ...] = tuple(channels // 2 for channels in CHANNELS)
     squash: Literal["scaled", "tanh"] | float | None = "scaled"  # a number divides the logits
     head_rate: float = 1.0  # learning rate of the own heads, in the student's
     copied: bool = False  # own heads start as the teacher's
@@ -214,17 +213,15 @@ def run(config: Config) -> None:
             f"`--out` must hold records of the same split, steps and head steps; {config.out} has "
             "others. Take another file."
         )
-    done = {(record["row"], record["seed"]) for record in records}
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
-        left = {name: form for name, form in ROWS.items() if (name, seed) not in done}
-        if config.render or not left:
-            continue
-        for name, form in tqdm(left.items(), f"seed {seed}"):
-            accuracy = train_student(form, seed, settings)
-            record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(form), **about}
-            records.append(record | {"versions": common.versions("cpu")})
-            records.sort(key=lambda record: list(ROWS).index(record["row"]))
-            common.write_records(config.out, records)
+    done = {(record["seed"], record["row"]) for record in records}
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    left = [] if config.render else [cell for cell in product(seeds, ROWS) if cell not in done]
+    for seed, name in tqdm(left, "students", disable=not left):
+        accuracy = train_student(ROWS[name], seed, settings)
+        record = {"row": name, "seed": seed, "accuracy": accuracy, **asdict(ROWS[name]), **about}
+        records.append(record | {"versions": common.versions("cpu")})
+        records.sort(key=lambda record: list(ROWS).index(record["row"]))
+        common.write_records(config.out, records)
     draw(records, config.out.with_suffix(".png"))
     print(table(records))
 
