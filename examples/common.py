@@ -547,9 +547,8 @@ class Run:
         if measured:
             self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
         if is_main():
-            records = {str(record["settings"]): record for record in read_runs(self.records)}
-            records[str(self.record["settings"])] = self.record
-            write_records(self.records, records.values())
+            runs = [*read_runs(self.records), self.record]  # it takes the place of an earlier one
+            write_records(self.records, {str(run["settings"]): run for run in runs}.values())
         return self.record
 
 
