@@ -158,13 +158,7 @@ def test_a_script_copied_with_two_neighbours_trains_in_one_process_and_in_two(sm
         assert done.returncode == 0, done.stderr
         lines = common.read_records(tmp_path / name / "records.jsonl")
         methods = [line["settings"]["method"] for line in lines]
-        assert methods == [
-            "teacher",
-            "student",
-            "heads",
-            "mhgd",
-            "mhgd-own-heads",
-        ]  # one record of each
+        assert methods == ["teacher", "student", "heads", "mhgd", "mhgd-own-heads"]  # one of each
         assert f"{lines[-1]['accuracy']:.2f} %" in done.stdout
         assert (tmp_path / name / "curves.png").read_bytes().startswith(b"\x89PNG")
         found.append(lines)

@@ -175,6 +175,8 @@ def test_the_readme_states_what_else_was_measured():
     longer_alone = mean("100", "accuracy", "student", network="WRN-10-4", epochs=180)
     vgg_alone = [mean("100_vgg_tenth_dev", "accuracy", "student", epochs=e) for e in (60, 120)]
     assert vgg_alone[0] > vgg_alone[1]
+    ten = partial(mean, "own_heads_dev", "accuracy", student_width=1.0)  # classes
+    assert ten("mhgd") > max(ten("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
         "with teachers of another seed: {:.1f} (VGG), {:.1f} (WRN, 60 epochs).".format(*second),

@@ -55,9 +55,9 @@ class GatedGradClip(OptimizerShell):
     is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
     sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
     overflow where the task's does not, and `GradScaler` does not see that. So `backward`
-    multiplies the transfer loss by a factor, and divides its gradient again: half after a step with
-    an overflow, twice after 2000 steps without one, at most 1. The first steps of a float16 run may
-    be without transfer.
+    multiplies the transfer loss by a factor, and divides its gradient again. A step with an
+    overflow halves the factor, 2000 steps without one double it, up to 1. The first steps of a
+    float16 run may be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
