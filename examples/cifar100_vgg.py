@@ -7,15 +7,16 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
     torchrun --nproc-per-node=2 examples/cifar100_vgg.py --out runs/two
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
-heads of its own. The first command gives it 50 images of each class. For as few, on smaller
-networks, the README advises the method; `--method mhgd-own-heads-soft-logits` would add soft
-logits. The second command gives it all images. The third is small enough for two CPU cores; the
-fourth splits every batch over two processes. To continue a run, give its command again.
+heads of its own. In the first command, heads and students learn from 50 images of each class. The
+README's table measures that on smaller images and networks of a quarter of the width; there
+`--method mhgd-own-heads-soft-logits` was best. The second command uses all images. The third is
+small enough for two CPU cores. The fourth splits every batch over two processes. To continue a run,
+give its command again.
 
-The defaults (schedule, optimizer, augmentation) are the authors' (Lee & Song, BMVC 2019), who set
-them for a ResNet: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov
-momentum 0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100
-epochs. Before the student, the attention heads train for 40 epochs.
+The defaults are the authors' (Lee & Song, BMVC 2019), who set them for a ResNet. Teacher and
+student: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov momentum
+0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100 epochs.
+The teacher's attention heads train before the student: 40 epochs at a constant rate.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ class Settings(common.Settings):
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
     learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # further factor on the student's channels; shared heads: 1
+    student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float | None = None  # largest ratio of gradient norms, transfer to task; None: by method
+    bound: float | None = None  # of the gate, see the README; None: by method
     soft_share: float | None = None  # weight of soft logits in the task loss; None: by method
 
 
@@ -165,7 +166,8 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads  # never updated; if shared, `student_heads` is empty
+    transfer.estimators = heads  # of the teacher, trained before; they stay as they are
+    # With shared heads the student has none of its own: `student_heads` is empty.
     learning = [*student.parameters(), *transfer.student_heads.parameters()]
     optimizer = gated_sgd(learning, settings, bound)
     schedule = common.step_decay(optimizer, settings.epochs)
@@ -211,7 +213,8 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained at the first call only
+            # The first call trains the heads and saves them in `out`. Later ones load them.
+            heads = train_heads(teacher, student_data, settings)
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

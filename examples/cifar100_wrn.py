@@ -48,11 +48,11 @@ class Settings(common.Settings):
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
     learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # further factor on the student's channels; shared heads: 1
+    student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
-    bound: float | None = None  # largest ratio of gradient norms, transfer to task; None: by method
+    bound: float | None = None  # of the gate, see the README; None: by method
     soft_share: float | None = None  # weight of soft logits in the task loss; None: by method
 
 
@@ -155,7 +155,8 @@ def train_student(
         squash=SQUASH.get(method, "scaled"),
         process_group=common.process_group(),
     ).to(settings.device)
-    transfer.estimators = heads  # never updated; if shared, `student_heads` is empty
+    transfer.estimators = heads  # of the teacher, trained before; they stay as they are
+    # With shared heads the student has none of its own: `student_heads` is empty.
     learning = [*student.parameters(), *transfer.student_heads.parameters()]
     optimizer = gated_sgd(learning, settings, bound)
     schedule = common.step_decay(optimizer, settings.epochs)
@@ -201,7 +202,8 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)  # trained at the first call only
+            # The first call trains the heads and saves them in `out`. Later ones load them.
+            heads = train_heads(teacher, student_data, settings)
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

@@ -159,6 +159,14 @@ def test_the_readme_shows_the_measured_gains():
     assert [dict(zip(head, line, strict=True)) for line in shown] == [*map(row_of_gains, ROWS)]
 
 
+def loss_of_heads(teacher):
+    path = ROOT / "examples/results/tinyimagenet32_100.jsonl"
+    asked = {"method": "heads", "teacher": teacher, "teacher_epochs": 30, "first_epochs": 40}
+    records = [r for r in common.read_records(path) if asked.items() <= r["settings"].items()]
+    (loss,) = {r["phases"]["heads"][-1]["loss"] for r in records if r["settings"]["seed"] == 0}
+    return loss
+
+
 def test_the_readme_states_what_else_was_measured():
     tenth = {"student_share": 0.1, "epochs": 60}
     both = [{**pair, **tenth, "teacher_seed": 1} for pair in (VGG, WRN)]
@@ -177,14 +185,17 @@ def test_the_readme_states_what_else_was_measured():
     assert vgg_alone[0] > vgg_alone[1]
     ten = partial(mean, "own_heads_dev", "accuracy", student_width=1.0)  # classes
     assert ten("mhgd") > max(ten("mhgd-own-heads", bound=bound) for bound in (3.0, 10.0))
+    heads, steps = [loss_of_heads(teacher) for teacher in ("VGG16", "WRN-22-4")], 40 * (5000 // 128)
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "with teachers of another seed: {:.1f} (VGG), {:.1f} (WRN, 60 epochs).".format(*second),
-        f"untrained teacher (VGG or WRN) the student ends {-untrained} points below the student",
-        f"reached {longer_alone:.1f} % in 180 epochs; with own heads it reached {own:.1f} % in 60.",
-        "teacher {} %, student alone {} %), soft logits reached {} %, own heads {} %".format(
-            *digits
+        "of another seed they gained {:.1f} (VGG) and {:.1f} points (WRN, 60 epochs).".format(
+            *second
         ),
+        f"untrained teacher, own heads made the student {-untrained} points worse than training",
+        f"it fell to {heads[0]:.2f} (VGG) and {heads[1]:.2f} (WRN) in {steps:,} steps",
+        f"reached {longer_alone:.1f} % in 180 epochs; with own heads it reached {own:.1f} % in 60.",
+        "teacher is ({} %). The student learned from 20 images with a label and 777 without. "
+        "Alone it reached {} %, with soft logits {} %, with own heads {} %.".format(*digits),
         f"one was {eight - one:.1f} points worse, 32 were no better",
         f"with 256 and half the steps the gain was {eight - large:.1f} points smaller",
     ):
