@@ -8,15 +8,15 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
-README's table measures that on smaller images and networks of a quarter of the width; there
+README's table has such runs on Tiny ImageNet, with networks of a quarter of the width. There
 `--method mhgd-own-heads-soft-logits` was best. The second command uses all images. The third is
 small enough for two CPU cores. The fourth splits every batch over two processes. To continue a run,
 give its command again.
 
-The defaults are the authors' (Lee & Song, BMVC 2019), who set them for a ResNet. Teacher and
-student: batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov momentum
-0.9, weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100 epochs.
-The teacher's attention heads train before the student: 40 epochs at a constant rate.
+The schedule is the authors' (Lee & Song, BMVC 2019), who set it for a ResNet. Teacher and student:
+batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov momentum 0.9,
+weight decay 5e-4 and a learning rate of 0.1, divided by 10 at 30, 60 and 80 % of 100 epochs. The
+teacher's attention heads train before the student: 40 epochs at a constant rate.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
     data_name: str | None = "CIFAR-100"  # name of the data in records
-    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": no teacher
+    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": alone
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
+    learning_rate: float = 0.1  # at the start; that of the teacher's heads stays
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
@@ -128,6 +128,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
+        # A second call loads the heads that the first one trained.
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):
@@ -213,7 +214,6 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            # The first call trains the heads and saves them in `out`. Later ones load them.
             heads = train_heads(teacher, student_data, settings)
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)

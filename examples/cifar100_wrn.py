@@ -42,11 +42,11 @@ class Settings(common.Settings):
     """Settings of a run; each is a flag."""
 
     data_name: str | None = "CIFAR-100"  # name of the data in records
-    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": no teacher
+    method: tuple[Method, ...] = ("student", "mhgd", "mhgd-own-heads")  # "student": alone
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # first learning rate; constant for the teacher's heads
+    learning_rate: float = 0.1  # at the start; that of the teacher's heads stays
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
@@ -117,6 +117,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
+        # A second call loads the heads that the first one trained.
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):
@@ -202,7 +203,6 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            # The first call trains the heads and saves them in `out`. Later ones load them.
             heads = train_heads(teacher, student_data, settings)
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
