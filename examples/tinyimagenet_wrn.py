@@ -50,7 +50,7 @@ class Settings(common.Settings):
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # at the start; that of the teacher's heads stays
+    learning_rate: float = 0.1  # of the first epoch; for the teacher's heads, of all epochs
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
@@ -112,7 +112,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # Only `estimator_loss` is used here; `squash` acts on the transfer loss alone.
+    # No `squash` here: it changes the graphs of the transfer loss, not the heads' own loss.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
@@ -121,7 +121,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
-        # A second call loads the heads that the first one trained.
+        # Heads that are trained already are loaded: there are no epochs left.
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):
