@@ -119,7 +119,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # No `squash` here: it changes the graphs of the transfer loss, not the heads' own loss.
+    # `squash` is not passed: it does not act on `estimator_loss`.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
@@ -128,7 +128,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
-        # Heads that are trained already are loaded: there are no epochs left.
+        # If the heads are trained already, this loads them and yields no epoch.
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):

@@ -5,10 +5,10 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
     python examples/tinyimagenet_vgg.py --out runs/small --width 0.25 --classes 10 --epochs 20 \
         --first-epochs 8 --learning-rate 0.02
 
-Everything is as in `cifar100_vgg.py`, except that images have 64×64 pixels and networks one more
-pooling. The test images are the labelled validation images of the data set; to choose settings, add
-`--split dev`, which measures on a tenth of the training images. The README's table is of 32×32
-images and was made by `reproduce.py`. The commands above have not been measured.
+Images have 64×64 pixels, and the networks one more pooling; everything else is as in
+`cifar100_vgg.py`. The test images are the labelled validation images of the data set; to choose
+settings, add `--split dev`, which measures on a tenth of the training images. The README's table is
+of 32×32 images and was made by `reproduce.py`. The commands above have not been measured.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # No `squash` here: it changes the graphs of the transfer loss, not the heads' own loss.
+    # `squash` is not passed: it does not act on `estimator_loss`.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
@@ -120,7 +120,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     run = Run(settings, data, "heads", teacher=teacher.name)
     teacher.eval().requires_grad_(False)
     with FeatureHooks(teacher, SENSING_POINTS) as teacher_hooks:
-        # Heads that are trained already are loaded: there are no epochs left.
+        # If the heads are trained already, this loads them and yields no epoch.
         for _ in run.epochs("heads", settings.first_epochs, model=heads, optimizer=optimizer):
             losses = []
             for images, _labels in data.batches(run.order):
