@@ -493,7 +493,12 @@ class Run:
         self.seed, self.order = settings.seed, torch.Generator()  # of images and augmentation
         self.file = settings.out / "networks" / f"{method}-{settings.seed}-{key:08x}.pt"
         self.records = settings.out / "records.jsonl"
-        read_runs(self.records)  # an error comes before the training
+        # An error comes before the training.
+        read_runs(self.records)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"`--out` must be a folder to write to; got {error}.") from error
         self.saved: dict[str, Any] = {"phase": None}
         if self.file.exists():
             self.saved = read_tensors(self.file, "record", "to train it again")

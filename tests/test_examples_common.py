@@ -143,6 +143,12 @@ def test_a_run_that_diverges_leaves_no_record(tmp_path):
     assert not (tmp_path / "records.jsonl").exists()
 
 
+def test_a_folder_that_can_not_be_made_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`--out` must be a folder to write to; got .*file"):
+        Run(settings(out=tmp_path / "file"), random_data(), "student")
+
+
 def test_a_damaged_checkpoint_and_damaged_records_are_named(tmp_path):
     run_two_epochs(tmp_path, 7.0)
     (checkpoint,) = (tmp_path / "networks").iterdir()
