@@ -120,6 +120,13 @@ def test_vectors_and_gradients_beside_a_dominating_value_are_exact(shape, ratio,
     check_against_float64(with_values([ratio, *falling(decay, 63)], *shape, count=8), 4)
 
 
+@pytest.mark.parametrize("shape", [(72, 64), (64, 72)])
+@pytest.mark.parametrize("scale", [1e-9, 1e-8, 1e-7])
+def test_small_maps_are_not_taken_for_converged(shape, scale):
+    """The squares of what is left to converge underflow, while the maps are far from zero."""
+    check_against_float64(scale * with_values(falling(1.015, 64), *shape, count=8), 4)
+
+
 @points
 def test_close_values_leave_vectors_within_their_common_subspace(point):
     values = [3.0, 2.0, 2.0 * (1 - 1e-6), 2.0 * (1 - 2e-6), *[0.5] * 60][: min(point)]
