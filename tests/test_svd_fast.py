@@ -212,6 +212,15 @@ def test_a_vector_that_two_filters_do_not_find_is_called_null(values, known):
     torch.testing.assert_close(a.all[~a.null], b.all[~b.null], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("ratio", [1.003, 1.005])
+def test_what_two_filters_find_is_within_a_hundredth_radian_of_the_leading_subspace(ratio):
+    rows = with_values(falling(ratio, 64), 72, 64, count=20)
+    found = top_of(rows, 4, capturable=True)
+    leading = torch.linalg.svd(rows.double())[2][:, : 3 + _leading.EXTRA]
+    sine = (1 - (found.all.double() @ leading.mT).square().sum(dim=-1)).sqrt()
+    assert sine.max() > 0.01 >= sine[~found.null].max()
+
+
 @forms
 @pytest.mark.parametrize("shape", [(64, 32), (6, 40)])
 def test_vectors_of_value_zero_are_called_null(shape, capturable):
