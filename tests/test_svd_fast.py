@@ -238,16 +238,17 @@ def test_float32_does_not_suffice_for_steep_maps_and_float64_does():
 
 
 @both_sides
-def test_the_gradient_of_a_doubtful_sample_is_bounded_without_the_host(shape):
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_gradient_of_a_doubtful_sample_is_bounded_without_the_host(shape, scale):
     gap = 1e-5
-    close = with_values([1.0, 1.0 - gap, *[0.5] * 14], *shape)
+    close = scale * with_values([1.0, 1.0 - gap, *[0.5] * 14], *shape)
     rows = torch.cat([close, torch.zeros(1, *shape)]).requires_grad_()
     found = top_of(rows, 1, capturable=True)
     assert found.doubtful.all()
     target = noise(2, 1, shape[1])
     (found.vectors() * target).sum().backward()
     # Its norm would be about |target| / gap; it is bounded as for a relative gap of 0.1 %.
-    assert 50 < rows.grad[0].norm() / target[0].norm() <= 2.1e3
+    assert 50 < scale * rows.grad[0].norm() / target[0].norm() <= 2.1e3
     assert rows.grad.isfinite().all()
 
 
