@@ -378,6 +378,14 @@ def test_survives_copy_pickle_and_state_dict(form):
         assert torch.equal(twin(*maps), loss(*maps))
 
 
+def test_the_count_of_doubtful_samples_stays_where_a_cuda_graph_counts():
+    loss = GraphTransferLoss(TEACHER, 3, capturable=True)
+    loss.load_state_dict(GraphTransferLoss(TEACHER, 3).state_dict())  # which has no count
+    counted, maps = loss.doubtful, [torch.zeros(2, c, 4, 4) for c in TEACHER]
+    loss(maps, maps)
+    assert counted.item() == 12  # two samples at three points of two networks
+
+
 def test_a_student_with_own_heads_needs_no_candidates():
     loss = GraphTransferLoss([8, 8], 2, student_channels=[8, 8], k=5)
     maps = [torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
