@@ -237,6 +237,15 @@ def test_a_scale_that_was_halved_often_leaves_small_gradients_their_value(captur
     assert a.grad.tolist() == [1 + small, 1 + small]
 
 
+@capturables
+def test_the_scale_can_undo_the_first_one_of_grad_scaler(capturable):
+    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for _ in range(17):
+        optimizer.zero_grad()
+        optimizer.backward(a.sum(), by_half(a, 2.0**16 * 65504))
+    assert int(optimizer.skipped) == 16
+
+
 def test_the_scale_is_saved_after_the_count_was_set_back():
     a, optimizer = wrapped((2,), bound=1e9)
     optimizer.backward(a.sum(), by_half(a, 1e5))
