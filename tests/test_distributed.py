@@ -281,6 +281,18 @@ def gathering_leaves_the_gradient_it_was_given_alone(group):
 
 
 @law
+def each_process_may_lay_out_what_it_gathers_in_its_own_way(group):
+    rows, seed = (torch.arange(3.0 * n).view(n, 3) for n in (2, 2 * group.size()))
+    wanted, own = rows.repeat(group.size(), 1), group.size() * own_part(seed, group)
+    if group.rank() == 0:
+        rows, seed = rows.T.contiguous().T, seed.T.contiguous().T
+    gathered = gather_rows(rows.requires_grad_(), group)
+    gathered.backward(seed)
+    assert torch.equal(gathered, wanted)
+    assert torch.equal(rows.grad, own)
+
+
+@law
 def a_loss_with_a_group_compiles(group):
     torch._dynamo.reset()
     loss = GraphTransferLoss(TEACHER, 2, process_group=group)
