@@ -124,6 +124,8 @@ def test_syncs_are_the_documented_ones(device, settings):
     assert seen.waits <= 6, seen.where
     *_, seen = step(NAME, counting=device.counting, capturable=True, **settings)
     assert seen.waits == 0, seen.where
+    # On a GPU these sync in torch up to 2.13 at least, though nothing here shows it.
+    assert not [name for name in seen.by_op if "solve_ex" in name or "linalg_lu" in name]
 
 
 @pytest.mark.parametrize(("capturable", "most"), [(False, 770), (True, 2400)])

@@ -548,6 +548,24 @@ def test_errors_of_the_backward_pass_come_through():
         optimizer.backward(param.sum())
 
 
+def test_refuses_a_graphed_student_whose_buffers_two_gradients_would_share():
+    class Graphed(torch.autograd.Function):  # as torch.cuda.make_graphed_callables names its own
+        @staticmethod
+        def forward(_ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx, grad):
+            return grad
+
+    param, optimizer = wrapped((2,))
+    output = Graphed.apply(param)
+    with pytest.raises(RuntimeError, match=r"`torch.cuda.make_graphed_callables`.*whole step"):
+        optimizer.backward(output.sum(), output.square().sum())
+    optimizer.backward(Graphed.apply(param).sum())  # one gradient is what it holds
+    assert param.grad.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_refuses_reentrant_checkpoints_which_would_train_nothing_inside_them(use_reentrant):
     refused = pytest.raises(RuntimeError, match="Pass use_reentrant=False")

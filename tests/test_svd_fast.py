@@ -505,7 +505,7 @@ def test_compiles_to_one_graph_whatever_the_content_needs(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 30, 20), (3, 20, 30)])
+@pytest.mark.parametrize("shape", [(3, 30, 20), (3, 20, 30), (3, 30, 6)])
 @forms
 def test_a_compiled_graph_expects_the_shapes_that_there_are(shape, dtype, capturable):
     find, maps = _svd.FIND[capturable], noise(*shape).to(dtype)

@@ -82,9 +82,11 @@ def closest(
     most = max(student.shape[1] for student in students)
     cosines, barred = [], []
     for student, teacher, null in zip(students, teachers, nulls, strict=True):
-        with torch.autocast(student.device.type, enabled=False):
-            dtype = torch.promote_types(student.dtype, teacher.dtype)
-            cosine = teacher.to(dtype) @ student.to(dtype).mT
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        # No matrix product: autocast and TF32 would round it.
+        pairs = rearrange(teacher.to(dtype), "b k c -> b k 1 c")
+        pairs = pairs * rearrange(student.to(dtype), "b i c -> b 1 i c")
+        cosine = pairs.sum(dim=-1)
         more = most - student.shape[1]  # candidates that this point lacks
         cosines.append(pad(cosine, (0, more)) if more else cosine)
         barred.append(pad(null, (0, more), value=True) if more else null)

@@ -51,7 +51,8 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
 
     The order depends on the graph alone. Leaves that a custom function keeps to itself have no
     node in the graph. Reentrant checkpoints are refused: without an error they would leave their
-    parameters no gradient.
+    parameters no gradient. So are graphed callables beside a second loss: the buffers of their one
+    backward pass would be used twice.
     """
     nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     leaves: list[Tensor] = []
@@ -65,6 +66,12 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
                 "The student must not use reentrant activation checkpoints: parameters inside them "
                 "get their gradient from `.backward()` only. Pass use_reentrant=False to "
                 "`torch.utils.checkpoint.checkpoint`."
+            )
+        if type(node).__name__ == "GraphedBackward" and len(losses) > 1:
+            raise RuntimeError(
+                "The student must not come from `torch.cuda.make_graphed_callables`: it holds one "
+                "backward pass, and there are two. Capture the whole step by `torch.cuda.graph`, "
+                "with capturable=True."
             )
         for source, _ in node.next_functions:
             if source is not None and source not in looked_at:

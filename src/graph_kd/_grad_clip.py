@@ -100,9 +100,10 @@ class GatedGradClip(OptimizerShell):
             transfer loss counts as zero; a `GraphTransferLoss` with a group must run in all.
         capturable: Whether a CUDA graph can hold `backward`: the host never waits for the device.
             `skipped` is a tensor on the device then, and always in `state_dict`. A captured
-            `backward` keeps the gate, bound and losses that it was captured with. In a skipped step
-            a parameter that only the transfer loss reaches gets a gradient of zero, not None. Each
-            loss must reach the same parameters in every process; that is not checked.
+            `backward` keeps the gate, bound and losses that it was captured with. Call `zero_grad`
+            before the capture, and capture every `backward` of a step in one graph. In a skipped
+            step a parameter that only the transfer loss reaches gets a gradient of zero, not None.
+            Each loss must reach the same parameters in every process; that is not checked.
 
     Attributes:
         gates: The factors last applied, one per parameter that the transfer loss reaches: first
@@ -118,9 +119,9 @@ class GatedGradClip(OptimizerShell):
             parameter to train, a loss that is no scalar, reaches no parameter or gives a sparse
             gradient, or a callable gate that returns no single number.
         RuntimeError: several processes run without a process group, or reach tensors outside the
-            optimizer that differ in number, shape or dtype; the losses came
-            through reentrant activation checkpoints, or through a compiled student that donates its
-            buffers.
+            optimizer that differ in number, shape or dtype; the losses came through reentrant
+            activation checkpoints, through a compiled student that donates its buffers, or through
+            `torch.cuda.make_graphed_callables`.
 
     Example:
         >>> import torch

@@ -43,7 +43,11 @@ def divergence(
     blocks = zip(
         torch.split(theta, rows, dim=1), torch.split(teacher_theta, rows, dim=1), strict=True
     )
-    losses = [checkpoint(of_rows, *block, use_reentrant=False) for block in blocks]
+    draws = callable(squash)  # maybe; to keep the random state would sync
+    losses = [
+        checkpoint(of_rows, *block, use_reentrant=False, preserve_rng_state=draws)
+        for block in blocks
+    ]
     return torch.stack(losses).sum()
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,9 +90,9 @@ def fast_vectors(
                 length = torch.linalg.vector_norm(right, dim=-1).clamp_min(TINY)
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
-            # Operators return no views.
+            # Operators return no views, and rows of the layout that compiled graphs expect.
             own = (null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful.clone())
-            results[i] = (right, *own)
+            results[i] = (right.contiguous(), *own)
     return results
 
 
@@ -123,11 +123,11 @@ def fast_gradient(
     value = rearrange(values.gather(1, index), "b k -> b k 1")
     grad = torch.addcmul(grad, (grad * chosen).sum(dim=-1, keepdim=True), chosen, value=-1)
     if tall:
-        w = _solve(gram, value, chosen * value.sqrt(), grad)
+        w = _solve(gram, value, chosen * value.sqrt(), grad, by_cholesky=bounded)
         left_w, left = (torch.cat([w, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
     else:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ, and M v = √λ x
         right, left = (torch.cat([grad, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
-        w = _solve(gram, value, left, right)
+        w = _solve(gram, value, left, right, by_cholesky=bounded)
         w, left_w = (grad + w @ matrix) / value, (right + w @ gram) / value
     if bounded:
         most = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) / (CLOSE * value)
@@ -139,14 +139,22 @@ def fast_gradient(
     return grad_rows
 
 
-def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor) -> Tensor:
+def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor, *, by_cholesky: bool) -> Tensor:
     """Solve (λ - G + x xᵀ) w = right for each vector, ``b k s``; λ is the value, ``b k 1``."""
     system = repeat(gram, "b s r -> (b k) s r", k=x.shape[1])
     x = rearrange(x, "b k s -> (b k) s 1")
     system = torch.baddbmm(system, x, x.mT, beta=-1)
     system.diagonal(dim1=-2, dim2=-1).add_(rearrange(value, "b k 1 -> (b k) 1"))
-    # Symmetric: LAPACK's order of its entries spares a copy.
-    solution: Tensor = torch.linalg.solve_ex(system.mT, rearrange(right, "b k s -> (b k) s 1"))[0]
+    known = rearrange(right, "b k s -> (b k) s 1")
+    solution: Tensor
+    if by_cholesky:  # normal equations in float64: an LU factorisation of many maps syncs on a GPU
+        system = system.double()
+        factor, _ = torch.linalg.cholesky_ex(system.mT @ system)
+        known = system.mT @ known.double()
+        known = torch.linalg.solve_triangular(factor, known, upper=False)
+        solution = torch.linalg.solve_triangular(factor.mT, known, upper=True).float()
+    else:  # symmetric: LAPACK's order of its entries spares a copy
+        solution = torch.linalg.solve_ex(system.mT, known)[0]
     return solution.view_as(right)
 
 
@@ -265,7 +273,7 @@ def _ritz(gram: Tensor, rows: Tensor | None, sides: list[Tensor] | None = None) 
             spans = [part[..., : side.shape[1]] @ side for part, side in parts]
         inner = _stack([x @ x.mT for x in map(Tensor.double, spans)], images.shape[1])
     # eigh raises an error on what is not finite; such samples are reported later, by name.
-    values, basis = yield torch.nan_to_num(inner)
+    values, basis = yield torch.nan_to_num(inner, 0.0, 0.0, 0.0)
     rotation = basis.flip(-1).mT.float()
     values = values.flip(-1).float()
     values = torch.maximum(values, ROUNDING * values[:, :1])  # smaller is rounding
@@ -333,10 +341,10 @@ def _stack(grams: list[Tensor], size: int) -> Tensor:
     return torch.cat([pad(g, (0, m, 0, m)) if m else g for g, m in zip(grams, more, strict=True)])
 
 
-@lru_cache(maxsize=64)
+@cache
 def _last(batches: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the index of the last wanted vector of each sample, ``n 1``."""
-    return torch.cat([torch.full((b, 1), k - 1) for b, k in batches]).to(device)
+    return torch.cat([torch.full((b, 1), k - 1, device=device) for b, k in batches])
 
 
 @cache

@@ -15,6 +15,8 @@ __all__ = ["converted", "has_float64", "whole_float32"]
 @cache
 def has_float64(device: torch.device) -> bool:
     """Say whether a device has float64; Apple's has not."""
+    if device.type in ("cpu", "cuda"):  # an error there has another cause
+        return True
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):

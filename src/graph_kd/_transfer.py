@@ -112,7 +112,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             more than 0.01 radian, as for a singular value below 4 % of the largest, is treated as
             one of value zero. The attribute `doubtful` counts the samples of both kinds, on the
             device. Float64 maps are refused. NaN, overflow and inputs that do not match across
-            processes raise no error. The first call makes constants: warm up before a capture.
+            processes raise no error. The first call makes constants: run one step before a
+            capture, and before ``torch.compile(mode="reduce-overhead")``.
 
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
