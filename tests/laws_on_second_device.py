@@ -179,6 +179,16 @@ def test_capturable_calls_of_one_step_copy_nothing_from_or_to_the_host(device, m
 
 
 @on_device
+def test_a_callable_gate_may_return_a_tensor_on_the_host():
+    params = [nn.Parameter(torch.ones(n).to(NAME)) for n in (3, 2)]
+    optimizer = GatedGradClip(torch.optim.SGD(params, lr=0.1), lambda *_: torch.tensor(0.5))
+    total = sum(p.sum() for p in params)
+    optimizer.backward(total, 2 * total)
+    for p in params:
+        assert held(p.grad).tolist() == [2] * len(p)
+
+
+@on_device
 def test_samples_that_want_float64_are_counted_and_stay_finite():
     loss = setting(NAME, capturable=True)[2]
     maps = [torch.randn(12, c, s, s).relu() for c, s in zip(CHANNELS, SIZES, strict=True)]
