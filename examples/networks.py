@@ -139,7 +139,7 @@ class BasicBlock(nn.Module):
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or incoming != channels:
-            conv = convolution(incoming, channels, stride, kernel_size=1)
+            conv = Pointwise(incoming, channels, stride)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class WideBlock(nn.Module):
         )
         self.shortcut: nn.Module | None = None
         if stride != 1 or incoming != channels:
-            self.shortcut = convolution(incoming, channels, stride, kernel_size=1)
+            self.shortcut = Pointwise(incoming, channels, stride)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Return residual plus shortcut."""
@@ -182,17 +182,30 @@ def separable_block(incoming: int, channels: int, stride: int) -> nn.Module:
     return nn.Sequential(
         convolution(incoming, incoming, stride, groups=incoming),
         norm_relu(incoming),
-        convolution(incoming, channels, kernel_size=1),
+        Pointwise(incoming, channels),
         norm_relu(channels),
     )
 
 
-def convolution(
-    incoming: int, channels: int, stride: int = 1, *, kernel_size: int = 3, groups: int = 1
-) -> nn.Conv2d:
-    """Return a convolution that keeps the size at stride 1; batch norm follows, so no bias."""
-    padding = kernel_size // 2
-    return nn.Conv2d(incoming, channels, kernel_size, stride, padding, groups=groups, bias=False)
+def convolution(incoming: int, channels: int, stride: int = 1, *, groups: int = 1) -> nn.Conv2d:
+    """Return a 3 × 3 convolution; batch norm follows, so no bias."""
+    return nn.Conv2d(incoming, channels, 3, stride, padding=1, groups=groups, bias=False)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1 × 1 convolution of every ``step``-th row and column, without bias.
+
+    With a stride in its place, and fewer than 8 channels that are stored last, oneDNN writes past
+    its memory on a CPU that has AVX2 and no more (uxlfoundation/oneDNN, issue 6035).
+    """
+
+    def __init__(self, incoming: int, channels: int, step: int = 1, *, groups: int = 1) -> None:
+        super().__init__(incoming, channels, kernel_size=1, groups=groups, bias=False)
+        self.step = step
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the map, ``b c h w``."""
+        return super().forward(feature[:, :, :: self.step, :: self.step])
 
 
 def norm_relu(channels: int) -> nn.Sequential:

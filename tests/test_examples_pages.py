@@ -165,3 +165,17 @@ def test_a_network_shows_its_sensing_points(name, size):
     torch.testing.assert_close(last(embedding), logits)
     with pytest.raises(ValueError, match=r"`images` must have shape .* Build the network with"):
         network(torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shortcut_is_a_strided_convolution(layout):
+    shortcut = networks.Pointwise(6, 13, 2).to(memory_format=layout)
+    maps = torch.randn(8, 6, 16, 16).to(memory_format=layout)
+    weight = shortcut.weight.detach().double().requires_grad_()
+    wanted = torch.nn.functional.conv2d(maps.double(), weight, stride=2)
+    seed = torch.randn_like(wanted)
+    wanted.backward(seed)
+    got = shortcut(maps)
+    got.backward(seed.float())
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shortcut.weight.grad.double(), weight.grad, rtol=0, atol=1e-3)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from einops.layers.torch import Rearrange, Reduce
-from networks import BasicBlock, WideBlock, convolution, norm_relu, three_stages, vgg
+from networks import BasicBlock, Pointwise, WideBlock, convolution, norm_relu, three_stages, vgg
 from torch import nn
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
@@ -33,12 +33,12 @@ class ShuffleV1(nn.Module):
         super().__init__()
         self.grows, self.stride, narrow = incoming != width, stride, width // 4
         self.body = nn.Sequential(
-            convolution(incoming, narrow, kernel_size=1, groups=3),
+            Pointwise(incoming, narrow, groups=3),
             norm_relu(narrow),
             Rearrange("b (g c) h w -> b (c g) h w", g=3),
             convolution(narrow, narrow, stride, groups=narrow),
             nn.BatchNorm2d(narrow),
-            convolution(narrow, width - incoming if self.grows else width, kernel_size=1, groups=3),
+            Pointwise(narrow, width - incoming if self.grows else width, groups=3),
         )
 
     def forward(self, x):
