@@ -46,7 +46,7 @@ class Settings(common.Settings):
     epochs: int = 100  # epochs of each student
     teacher_epochs: int | None = None  # of the teacher; None: as `epochs`; 0: untrained
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
-    learning_rate: float = 0.1  # of the first epoch; for the teacher's heads, of all epochs
+    learning_rate: float = 0.1  # falls in three steps; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
     student_width: float = 1.0  # further factor for the student; with shared heads only 1
     student_share: float = 1.0  # part of the images that heads and students learn from
@@ -108,7 +108,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # `squash` is not passed: it does not act on `estimator_loss`.
+    # `squash` is not passed: it is for the transfer loss. The heads' own loss has none.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².

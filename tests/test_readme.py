@@ -192,7 +192,7 @@ def test_the_readme_states_what_else_was_measured():
     heads, steps = [loss_of_heads(teacher) for teacher in ("VGG16", "WRN-22-4")], 40 * (5000 // 128)
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "the gains of own heads were {:.1f} (VGG) and {:.1f} (WRN, 60 epochs)".format(*second),
+        "the gains were {:.1f} (VGG) and {:.1f} (WRN, 60 epochs), nearly those in".format(*second),
         f"untrained teacher, own heads made the student {-untrained} points worse than training",
         f"it fell to {heads[0]:.2f} (VGG) and {heads[1]:.2f} (WRN) in {steps:,} steps",
         "teacher {} %, student alone {} %, with soft logits {} %, with own heads {} %.".format(
