@@ -8,10 +8,10 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
-README's first row is such a run on Tiny ImageNet, with networks of a quarter of the width. There
-`--method mhgd-own-heads-soft-logits` was best. The second command uses all images. The third is
-small enough for two CPU cores. The fourth splits every batch over two processes. To continue a run,
-give its command again.
+README's first row has such runs on Tiny ImageNet, of 60 epochs, with networks of a quarter of the
+width. There `--method mhgd-own-heads-soft-logits` was best. The second command uses all images. The
+third is small enough for two CPU cores. The fourth splits every batch over two processes. To
+continue a run, give its command again.
 
 The schedule is the authors' (Lee & Song, BMVC 2019), who set it for a ResNet. Teacher and student:
 batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov momentum 0.9,
@@ -119,7 +119,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # `squash` is not passed: it is for the transfer loss. The heads' own loss has none.
+    # `squash` is not passed: it changes the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
