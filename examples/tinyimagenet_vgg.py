@@ -6,9 +6,10 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
         --first-epochs 8 --learning-rate 0.02
 
 The loop is that of `cifar100_vgg.py`. Images have 64×64 pixels, and the networks one more pooling.
-The test images are the labelled validation images of the data set; to choose settings, add `--split
-dev`, which measures on a tenth of the training images. The README's table is of 32×32 images and
-was made by `reproduce.py`. The commands above have not been measured.
+Accuracy is that on the labelled validation images of the data set, whose test images have no
+labels. To choose settings, add `--split dev`: it measures on a tenth of the training images. The
+README's table is of 32×32 images and was made by `reproduce.py`. The commands above have not been
+measured.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     # `squash` is not passed: it changes the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
-    # The authors add 5e-4 |w|² to the heads' loss; a decay d of torch stands for d/2 |w|².
+    # The authors add 5e-4 |w|² to the heads' loss. Its gradient is 1e-3 w, torch's decay of 1e-3.
     decay, rate = 2 * 5e-4, settings.learning_rate
     optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)
@@ -206,7 +207,7 @@ def main(settings: Settings) -> None:
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:
-            heads = train_heads(teacher, student_data, settings)
+            heads = train_heads(teacher, student_data, settings)  # trained once, then loaded
             records.append(train_student(method, student, teacher, heads, student_data, settings))
     common.report(settings.out, records)
 

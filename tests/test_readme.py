@@ -198,7 +198,7 @@ def test_the_readme_states_what_else_was_measured():
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),
         f"untrained teacher, own heads made the student {-untrained} points worse than training",
-        f"it fell to {heads[0]:.2f} (VGG) and {heads[1]:.2f} (WRN) in {steps:,} steps",
+        f"a class it fell to {heads[0]:.2f} (VGG) and {heads[1]:.2f} (WRN) in {steps:,} steps",
         "teacher {} %, student alone {} %, with soft logits {} %, with own heads {} %.".format(
             *digits
         ),
