@@ -59,7 +59,7 @@ class Settings(common.Settings):
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
     learning_rate: float = 0.1  # falls in three steps; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # further factor for the student; with shared heads only 1
+    student_width: float = 1.0  # further factor for the student; shared heads need 1
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient

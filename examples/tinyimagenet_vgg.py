@@ -6,10 +6,10 @@ r"""Tiny ImageNet, VGG16 teacher to VGG7 student, from the data to the results.
         --first-epochs 8 --learning-rate 0.02
 
 The loop is that of `cifar100_vgg.py`. Images have 64×64 pixels, and the networks one more pooling.
-Accuracy is that on the labelled validation images of the data set, whose test images have no
-labels. To choose settings, add `--split dev`: it measures on a tenth of the training images. The
-README's table is of 32×32 images and was made by `reproduce.py`. The commands above have not been
-measured.
+Tests use the labelled validation images of the data set, whose test images have no labels. To
+choose settings, add `--split dev`: it holds out a tenth of the training images and tests on them.
+The README's table is of 32×32 images and was made by `reproduce.py`. The commands above have not
+been measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Settings(common.Settings):
     first_epochs: int = 40  # epochs of the teacher's attention heads, before the student
     learning_rate: float = 0.1  # falls in three steps; constant for the teacher's heads
     width: float = 1.0  # factor on every channel count
-    student_width: float = 1.0  # further factor for the student; with shared heads only 1
+    student_width: float = 1.0  # further factor for the student; shared heads need 1
     student_share: float = 1.0  # part of the images that heads and students learn from
     num_heads: int = 8  # attention heads
     gate: Literal["norm", "sigmoid"] = "norm"  # how the gate limits the transfer gradient
