@@ -81,7 +81,7 @@ def gated_sgd(params: Iterable[Parameter], settings: Settings, bound: float = 1.
 def train_alone(
     method: Literal["teacher", "student"], network: Network, data: Data, settings: Settings
 ) -> dict[str, Any]:
-    """Train the teacher, or a student without one, on the task alone; return the record."""
+    """Train the teacher, or the student for comparison, on the task alone; return the record."""
     epochs = settings.epochs
     if method == "teacher" and settings.teacher_epochs is not None:
         epochs = settings.teacher_epochs
