@@ -9,8 +9,8 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
 README's first row has such runs on Tiny ImageNet, of 60 epochs, with networks of a quarter of the
-width. There `--method mhgd-own-heads-soft-logits` was best. The second command uses all images. The
-third is small enough for two CPU cores. The fourth splits every batch over two processes. To
+width; its best method is `--method mhgd-own-heads-soft-logits`. The second command uses all images.
+The third is small enough for two CPU cores. The fourth splits every batch over two processes. To
 continue a run, give its command again.
 
 The schedule is the authors' (Lee & Song, BMVC 2019), who set it for a ResNet. Teacher and student:
@@ -122,7 +122,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     # `squash` is not passed: it changes the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
-    # The authors add 5e-4 |w|² to the heads' loss. Its gradient is 1e-3 w, torch's decay of 1e-3.
+    # The authors add 5e-4 |w|² to the heads' loss: in torch that is a weight decay of 1e-3.
     decay, rate = 2 * 5e-4, settings.learning_rate
     optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)

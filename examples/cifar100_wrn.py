@@ -111,7 +111,7 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     # `squash` is not passed: it changes the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
-    # The authors add 5e-4 |w|² to the heads' loss. Its gradient is 1e-3 w, torch's decay of 1e-3.
+    # The authors add 5e-4 |w|² to the heads' loss: in torch that is a weight decay of 1e-3.
     decay, rate = 2 * 5e-4, settings.learning_rate
     optimizer = SGD(heads.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
     run = Run(settings, data, "heads", teacher=teacher.name)
