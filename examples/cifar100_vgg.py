@@ -119,7 +119,6 @@ def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleLi
     """Train the attention heads on the teacher's features; no student is needed yet."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
-    # `squash` is not passed: it changes the transfer loss alone.
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)
     heads: nn.ModuleList = transfer.to(settings.device).estimators
     # The authors add 5e-4 |w|² to the heads' loss: in torch that is a weight decay of 1e-3.

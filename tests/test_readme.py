@@ -203,11 +203,11 @@ def test_the_readme_states_what_else_was_measured():
     ]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "of another seed they gained {:.1f} (VGG) and {:.1f} (WRN, 60 epochs)".format(*second),
+        "another seed, own heads gained {:.1f} (VGG) and {:.1f} (WRN, 60 epochs)".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),
-        f"With untrained teachers, own heads lost {-untrained} points (VGG and WRN)",
+        f"teachers, students with own heads ended {-untrained} points below the student alone",
         "a class it fell to {:.2f} (VGG) and {:.2f} (WRN) in".format(*losses) + f" {steps:,} steps",
         "took {:.1f} × (VGG) and {:.1f} × (WRN) as long as 60 epochs of the".format(*ratios),
         "teacher {} %, student alone {} %, with soft logits {} %, with own heads {} %.".format(
