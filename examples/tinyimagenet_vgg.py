@@ -109,7 +109,7 @@ def train_alone(
 
 
 def train_heads(teacher: Network, data: Data, settings: Settings) -> nn.ModuleList:
-    """Train the attention heads on the teacher's features; no student is needed yet."""
+    """Train the attention heads on the teacher's features: without a student, without `squash`."""
     torch.manual_seed(settings.seed)
     group = common.process_group()
     transfer = GraphTransferLoss(teacher.channels, settings.num_heads, process_group=group)

@@ -203,7 +203,7 @@ def test_the_readme_states_what_else_was_measured():
     ]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "another seed, own heads gained {:.1f} (VGG) and {:.1f} (WRN, 60 epochs)".format(*second),
+        "teachers of another seed: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),
