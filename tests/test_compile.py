@@ -40,7 +40,7 @@ def loss_and_gradient(loss, seed):
     return [value.detach(), *torch.autograd.grad(value, student)]
 
 
-@pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
+@pytest.mark.parametrize("squash", [None, "tanh"])
 def test_loss_and_gradient_equal_eager_and_new_content_needs_no_new_graph(squash):
     torch.manual_seed(0)
     loss = GraphTransferLoss(CHANNELS, 3, squash=squash)

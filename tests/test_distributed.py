@@ -294,6 +294,8 @@ def each_process_may_lay_out_what_it_gathers_in_its_own_way(group):
 
 @law
 def a_loss_with_a_group_compiles(group):
+    if group.size() > 2:
+        return  # to compile takes long, and more processes add no operation
     torch._dynamo.reset()
     loss = GraphTransferLoss(TEACHER, 2, process_group=group)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
