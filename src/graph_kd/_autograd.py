@@ -51,8 +51,8 @@ def find_leaves(*losses: Tensor) -> list[Tensor]:
 
     The order depends on the graph alone. Leaves that a custom function keeps to itself have no
     node in the graph. Reentrant checkpoints are refused: without an error they would leave their
-    parameters no gradient. So are graphed callables beside a second loss: the buffers of their one
-    backward pass would be used twice.
+    parameters no gradient. Graphed callables are refused where there are two losses: the buffers of
+    their one backward pass would be used twice.
     """
     nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     leaves: list[Tensor] = []
