@@ -1,12 +1,9 @@
-"""Settings of every test: derandomised properties, one thread, and a way around a bug of oneDNN."""
+"""Settings of every test: derandomised properties and one thread."""
 
 import os
 
-# Small tensors gain nothing from a second thread. Programs that a test starts inherit both lines.
+# Small tensors gain nothing from a second thread. Programs that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
-# On machines with AVX2 and without AVX-512, oneDNN's gradient of a strided 1×1 convolution with
-# fewer than 8 input channels writes out of bounds: it hangs or crashes (seen with torch 2.13).
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
 import broken_torchvision  # noqa: F401  # before anything imports torchvision
 import torch

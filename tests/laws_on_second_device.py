@@ -173,6 +173,14 @@ def test_capturable_calls_of_one_step_copy_nothing_from_or_to_the_host(device, m
     assert seen.waits == 0, seen.where
 
 
+def test_an_error_of_a_gpu_is_not_taken_for_a_lack_of_float64(monkeypatch):
+    def no_memory(*_sizes, **_options):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "zeros", no_memory)
+    assert has_float64.__wrapped__(torch.device("cuda"))
+
+
 @on_device
 def test_a_callable_gate_may_return_a_tensor_on_the_host():
     params = [nn.Parameter(torch.ones(n).to(NAME)) for n in (3, 2)]

@@ -146,7 +146,7 @@ def row_of_gains(images):
         column: values(table, "gain", method, **settings, **of_method.get(method, {}))
         for column, method in METHODS.items()
     }
-    best = f"{max(gain.mean() for gain in gains.values() if len(gain)):+.1f}"
+    best = max(gain.mean() for gain in gains.values() if len(gain))
     row = {"training images": ",".join(images.split(",")[:2])}
     row["teacher, student"] = PAIRS[settings["network"]]
     row["epochs"] = str(settings["epochs"])
@@ -154,9 +154,9 @@ def row_of_gains(images):
     for column, gain in gains.items():
         assert len(gain) in (0, 3)
         shown = f"{gain.mean():+.1f}" if len(gain) else tables.MISSING
-        row[column] = f"**{shown}**" if shown == best else shown
+        row[column] = f"**{shown}**" if gain.mean() == best else shown
         if len(gain) and re.match(r"-.* \+", tables.interval(gain)):
-            row[column] = f"({shown})"
+            row[column] = f"({row[column]})"
     return row
 
 
@@ -195,7 +195,7 @@ def test_the_readme_states_what_else_was_measured():
         for record in records_of("heads", teacher=teacher, teacher_epochs=30, seed=0)
     ]
     losses = [record["phases"]["heads"][-1]["loss"] for record in phase_1]
-    steps = 40 * (5000 // 128)
+    (steps,) = {len(record["phases"]["heads"]) * (5000 // 128) for record in phase_1}
     alone = [records_of("student", student=name, epochs=60) for name in ("VGG7", "WRN-10-4")]
     ratios = [
         3 * heads["seconds"]["heads"] / sum(record["seconds"]["student"] for record in seeds)
@@ -203,7 +203,7 @@ def test_the_readme_states_what_else_was_measured():
     ]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        "teachers of another seed: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
+        "gave as much as in the table: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),

@@ -291,6 +291,32 @@ def test_the_graphs_of_the_teacher_are_constants_for_a_squash_that_learns():
     assert seen == [False, True] * 2  # of the teacher, of the student
 
 
+def test_a_random_squash_draws_the_same_again_in_the_backward_pass():
+    drawn = []
+
+    def noisy(logits):
+        drawn.append(torch.rand(()).item())
+        return logits * drawn[-1]
+
+    loss = make(squash=noisy, block_rows=3)
+    student, teacher = features(seed=0), features(seed=1)
+    drawn.clear()  # of `make`
+    value = loss([m.requires_grad_() for m in student], teacher)
+    forward = len(drawn)
+    value.backward()
+    assert sorted(drawn[forward:]) == sorted(drawn[:forward])
+    assert len(set(drawn)) == forward
+
+
+def test_blocks_leave_the_random_state_alone_which_a_cuda_graph_could_not_read(monkeypatch):
+    def refuse():
+        raise AssertionError
+
+    loss, student, teacher = make(block_rows=3), features(seed=0), features(seed=1)
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    loss([m.requires_grad_() for m in student], teacher).backward()
+
+
 @pytest.mark.parametrize("block_rows", [None, 2])
 def test_a_squash_may_take_edges_out_of_the_graphs(block_rows):
     def without_first(logits):

@@ -104,13 +104,13 @@ def fast_gradient(
     gram: Tensor,
     grad: Tensor,
     *,
-    bounded: bool,
+    capturable: bool,
 ) -> Tensor:
     """Pull the gradient of chosen vectors ``b k c`` back to the maps, ``b n c`` in float32.
 
     d<v, g> = <w, dG v> with dG = dMᵀ M + Mᵀ dM and (λ - G) w = g on the complement of v. Along the
-    eigenvector x the system is made regular by λ x xᵀ. Where ``bounded``, w is at most as long as a
-    relative gap of `CLOSE` could make it.
+    eigenvector x the system is made regular by λ x xᵀ. Where ``capturable``, w is at most as long
+    as a relative gap of `CLOSE` could make it.
     """
     # Alignment uses one of k vectors. The CPU can read which, and solve for these alone.
     if rows.device.type == "cpu" and len(rows) and grad.shape[1] > 1:
@@ -123,13 +123,13 @@ def fast_gradient(
     value = rearrange(values.gather(1, index), "b k -> b k 1")
     grad = torch.addcmul(grad, (grad * chosen).sum(dim=-1, keepdim=True), chosen, value=-1)
     if tall:
-        w = _solve(gram, value, chosen * value.sqrt(), grad, by_cholesky=bounded)
+        w = _solve(gram, value, chosen * value.sqrt(), grad, capturable)
         left_w, left = (torch.cat([w, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
     else:  # (λ - MᵀM)⁻¹ = (1 + Mᵀ (λ - M Mᵀ)⁻¹ M) / λ, and M v = √λ x
         right, left = (torch.cat([grad, chosen], dim=1) @ matrix.mT).chunk(2, dim=1)
-        w = _solve(gram, value, left, right, by_cholesky=bounded)
+        w = _solve(gram, value, left, right, capturable)
         w, left_w = (grad + w @ matrix) / value, (right + w @ gram) / value
-    if bounded:
+    if capturable:
         most = torch.linalg.vector_norm(grad, dim=-1, keepdim=True) / (CLOSE * value)
         factor = (most / torch.linalg.vector_norm(w, dim=-1, keepdim=True)).clamp_max(1)
         w, left_w = torch.nan_to_num(w * factor), torch.nan_to_num(left_w * factor)
@@ -139,7 +139,7 @@ def fast_gradient(
     return grad_rows
 
 
-def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor, *, by_cholesky: bool) -> Tensor:
+def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor, capturable: bool) -> Tensor:
     """Solve (λ - G + x xᵀ) w = right for each vector, ``b k s``; λ is the value, ``b k 1``."""
     system = repeat(gram, "b s r -> (b k) s r", k=x.shape[1])
     x = rearrange(x, "b k s -> (b k) s 1")
@@ -147,7 +147,7 @@ def _solve(gram: Tensor, value: Tensor, x: Tensor, right: Tensor, *, by_cholesky
     system.diagonal(dim1=-2, dim2=-1).add_(rearrange(value, "b k 1 -> (b k) 1"))
     known = rearrange(right, "b k s -> (b k) s 1")
     solution: Tensor
-    if by_cholesky:  # normal equations in float64: an LU factorisation of many maps syncs on a GPU
+    if capturable:  # normal equations in float64: an LU factorisation of many maps syncs on a GPU
         system = system.double()
         factor, _ = torch.linalg.cholesky_ex(system.mT @ system)
         known = system.mT @ known.double()
@@ -341,7 +341,7 @@ def _stack(grams: list[Tensor], size: int) -> Tensor:
     return torch.cat([pad(g, (0, m, 0, m)) if m else g for g, m in zip(grams, more, strict=True)])
 
 
-@cache
+@cache  # never dropped: a captured graph reads it again
 def _last(batches: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the index of the last wanted vector of each sample, ``n 1``."""
     return torch.cat([torch.full((b, 1), k - 1, device=device) for b, k in batches])

@@ -168,7 +168,7 @@ def _gradient(
         found = (rows, index, chosen, values, basis)
         if rows.dtype == torch.float64:
             return exact_gradient(*found, grad)
-        grad_rows = converted(fast_gradient(*found, grad, bounded=capturable), rows.dtype)
+        grad_rows = converted(fast_gradient(*found, grad, capturable=capturable), rows.dtype)
         if not capturable and bool(doubtful.any()):
             some = doubtful.nonzero()[:, 0].to(device)
             part, at = rows[some], index[some]
