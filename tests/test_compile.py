@@ -17,6 +17,7 @@ OLDEST = torch.__version__.startswith("2.4.")
 
 pytestmark = [
     pytest.mark.usefixtures("dynamo"),
+    pytest.mark.no_cover,  # to trace takes twice the time under coverage
     # torch.compile itself makes a Function object to trace one.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]

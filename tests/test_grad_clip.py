@@ -188,42 +188,57 @@ def by_half(leaf, factor):
     return factor * leaf.half().float().sum()
 
 
+def half_step(optimizer, *factors):
+    """Take a step of one call for each factor."""
+    (a,) = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    for factor in factors:
+        optimizer.backward(a.sum() / len(factors), by_half(a, factor))
+
+
 @capturables
 def test_a_gradient_beyond_float16_is_left_out_until_its_scale_has_been_halved_enough(capturable):
     """`GradScaler` does not see it, so its own scale stays too large for the transfer loss."""
     a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
     for scale in (1, 1 / 2, 1 / 4, 1 / 8):
-        optimizer.zero_grad()
-        optimizer.backward(a.sum(), by_half(a, 393216))
+        half_step(optimizer, 393216)
         assert a.grad.tolist() == ([1.0, 1.0] if scale > 1 / 8 else [393217.0, 393217.0])
     assert int(optimizer.skipped) == 3
     other, saved = (wrapped((2,), bound=1e9, capturable=capturable) for _ in range(2))
     saved[1].load_state_dict(optimizer.state_dict())
     for same in (copy.deepcopy(optimizer), saved[1], other[1]):
-        leaf = same.param_groups[0]["params"][0]
-        same.zero_grad()
-        same.backward(leaf.sum(), by_half(leaf, 393216))
+        half_step(same, 393216)
         assert int(same.skipped) == (1 if same is other[1] else 3)
+
+
+def stay_calm(optimizer, steps):
+    """Act as if steps without overflow had been taken: a checkpoint has their number."""
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "calm_steps": state["calm_steps"] + steps})
 
 
 @capturables
 @pytest.mark.parametrize(
-    ("steps", "last", "skips"), [(1998, 1e5, 1), (1999, 1e5, 2), (4000, 6e4, 1)]
+    ("calms", "last", "skips"), [([1998], 1e5, 1), ([1999], 1e5, 2), ([1999, 2000], 6e4, 1)]
 )
-def test_2000_steps_without_overflow_double_the_scale_up_to_one(steps, last, skips, capturable):
-    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
-    for factor in (1e5, 1e5, *[1.0] * steps, last):
-        optimizer.zero_grad()
-        optimizer.backward(a.sum(), by_half(a, factor))
+def test_2000_steps_without_overflow_double_the_scale_up_to_one(calms, last, skips, capturable):
+    _, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    for factor in (1e5, 1e5):  # the second fits by half
+        half_step(optimizer, factor)
+    for steps in calms:
+        stay_calm(optimizer, steps - 1)
+        half_step(optimizer, 1.0)
+    half_step(optimizer, last)
     assert int(optimizer.skipped) == skips
 
 
 @capturables
 def test_an_overflow_in_the_2000th_calm_step_halves_the_scale_all_the_same(capturable):
-    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
-    for factor in (1e5, *[1.0] * 1999, 2e5, 2e5):  # the last fits into float16 by a quarter
-        optimizer.zero_grad()
-        optimizer.backward(a.sum(), by_half(a, factor))
+    _, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    half_step(optimizer, 1e5)
+    stay_calm(optimizer, 1999)
+    for factor in (2e5, 2e5):  # the last fits into float16 by a quarter
+        half_step(optimizer, factor)
     assert int(optimizer.skipped) == 2
 
 
@@ -232,40 +247,39 @@ def test_a_scale_that_was_halved_often_leaves_small_gradients_their_value(captur
     a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
     small = 2.0**-8  # times 2**-16, the first scale of `GradScaler` undone, it is float16's least
     for factor in (*[math.nan] * 30, small):
-        optimizer.zero_grad()
-        optimizer.backward(a.sum(), by_half(a, factor))
+        half_step(optimizer, factor)
     assert a.grad.tolist() == [1 + small, 1 + small]
 
 
 @capturables
 def test_the_scale_can_undo_the_first_one_of_grad_scaler(capturable):
-    a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
+    _, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
     for _ in range(17):
-        optimizer.zero_grad()
-        optimizer.backward(a.sum(), by_half(a, 2.0**16 * 65504))
+        half_step(optimizer, 2.0**16 * 65504)
     assert int(optimizer.skipped) == 16
 
 
 def test_the_scale_is_saved_after_the_count_was_set_back():
-    a, optimizer = wrapped((2,), bound=1e9)
-    optimizer.backward(a.sum(), by_half(a, 1e5))
+    _, optimizer = wrapped((2,), bound=1e9)
+    half_step(optimizer, 1e5)
     optimizer.skipped = 0
-    b, other = wrapped((2,), bound=1e9)
+    _, other = wrapped((2,), bound=1e9)
     other.load_state_dict(optimizer.state_dict())
-    other.backward(b.sum(), by_half(b, 1e5))
+    half_step(other, 1e5)
     assert other.skipped == 0
 
 
 @capturables
 def test_the_scale_counts_steps_not_calls(capturable):
     a, optimizer = wrapped((2,), bound=1e9, capturable=capturable)
-    for factors in ([393216] * 4, [1.0] * 2500, [98304, 98304]):
-        optimizer.zero_grad()
-        for factor in factors:
-            optimizer.backward(a.sum() / 4, by_half(a, factor))
-    # Halved once by the first step, and still so after the second.
+    half_step(optimizer, *[393216] * 4)
+    stay_calm(optimizer, 1990)
+    half_step(optimizer, *[1.0] * 9)
+    half_step(optimizer, 98304, 98304)
+    # Halved once by the first step, and still so after the others.
     assert int(optimizer.skipped) == 1
-    assert a.grad.tolist() == [196608.5, 196608.5]
+    assert int(optimizer.state_dict()["scale_exponent"]) == -1
+    assert a.grad.tolist() == [196609, 196609]
 
 
 @capturables
