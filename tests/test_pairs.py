@@ -181,6 +181,7 @@ CASES = [pytest.param(pair, True, id=pair.name) for pair in EQUAL + OTHER]
 CASES += [pytest.param(pair, False, id=f"{pair.name}, as in the paper") for pair in EQUAL]
 
 
+@pytest.mark.no_cover  # all of it is covered elsewhere, and these networks would take longer
 @pytest.mark.parametrize(("pair", "own_heads"), CASES)
 def test_twenty_steps_train_the_student(pair, own_heads):
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import reference
@@ -22,6 +23,11 @@ squashes = pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
 
 def make(form="paper", seed=0, **settings):
     """Return a loss in float64 whose heads and running statistics are not at their start."""
+    return copy.deepcopy(_made(form, seed, **settings))
+
+
+@cache
+def _made(form, seed, **settings):
     torch.manual_seed(seed)
     loss = GraphTransferLoss(TEACHER, 3, student_channels=FORMS[form], **settings).double()
     for step in range(3):
