@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import broken_torchvision  # noqa: F401  # before anything imports torchvision
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +22,13 @@ settings.register_profile(
 )
 settings.load_profile("graph-kd")
 torch.set_num_threads(1)
+
+# Whole programs, frameworks and compilers. They cover no line that no other test covers, and take
+# up to twice the time under coverage.
+UNMEASURED = ("test_compile", "test_examples", "test_integrations", "test_pairs", "test_readme")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith(UNMEASURED):
+            item.add_marker(pytest.mark.no_cover)

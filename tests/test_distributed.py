@@ -26,7 +26,7 @@ from graph_kd._distributed import average_over_processes, gather_rows, own_part
 POINTS = ["1", "3", "5"]
 TEACHER, STUDENT = [6, 8, 10], [3, 5, 4]
 BATCH = 4  # of all processes: one sample for each of four
-STEPS = 6
+STEPS = 3
 LARGE = torch.full((2,), 6e4, dtype=torch.float16)
 PRECISIONS = [torch.float32, torch.float64, torch.float16] * 2
 FORMS = {
