@@ -10,6 +10,7 @@ Axis letters: ``b`` sample, ``c`` channel, ``h w`` space.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -299,4 +300,7 @@ def table(width: float = 1.0) -> str:
 
 
 if __name__ == "__main__":
-    print(tyro.cli(table, description=__doc__))
+    try:
+        print(tyro.cli(table, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"networks.py: {error}")

@@ -356,6 +356,8 @@ def test_graphs_say_whose_they_are_where_channels_agree():
     assert not torch.equal(teachers[0], own[0])
     assert torch.equal(loss.graphs(maps)[0], teachers[0])
     assert torch.equal(loss.graphs(maps, align_to=features(seed=1))[0], own[0])
+    with pytest.raises(ValueError, match='`of` must be "student" or None with `align_to`'):
+        loss.graphs(maps, align_to=maps, of="teacher")
     other = make("own heads")  # only the student has these channels
     maps = features("own heads")
     assert torch.equal(other.graphs(maps)[0], other.graphs(maps, of="student")[0])
