@@ -8,8 +8,8 @@ r"""The poster's five tables: train their cells, and draw tables and pictures of
 A cell is a network trained by a method from a seed, by the functions of the script that shows its
 data and networks; the ten other methods train in `train_baseline.py`. A cell is one line of
 ``OUT/records.jsonl``. A finished cell is not run again, and a killed run loses at most one epoch.
-After each cell ``OUT/records.png`` is drawn anew. A cell whose loss diverges is left out and named
-at the end.
+At the end the table is printed, and drawn as ``OUT/records.png``. ``--render OUT/records.jsonl``
+does so at any time. A cell whose loss diverges is left out and named.
 """
 
 from __future__ import annotations
@@ -147,10 +147,7 @@ def main(settings: Settings) -> None:
             diverged[name] = diverged[teacher]
             continue
         try:
-            before = len(common.read_runs(file))
             train_cell(row, method, of_cell)
-            if len(common.read_runs(file)) > before:
-                draw(file)
         except DivergedError as error:
             diverged[name] = error
     if any("accuracy" in record for record in common.read_runs(file)):
@@ -160,21 +157,15 @@ def main(settings: Settings) -> None:
         sys.exit(f"reproduce.py: cells without a result:\n{named}")
 
 
-def draw(path: Path) -> None:
-    """Draw a file of records beside it."""
-    if common.is_main():
-        picture(common.read_runs(path), path.with_suffix(".png"))
-
-
 def show(path: Path) -> None:
     """Print and draw a file of records."""
     if not path.exists():
         raise FileNotFoundError(f"`{path}` must be a file of records; there is none.")
-    draw(path)
     records = common.read_runs(path)
     if not any("accuracy" in record for record in records):
         raise ValueError(f"`{path}` must hold a measured network; it has none.")
     if common.is_main():
+        picture(records, path.with_suffix(".png"))
         print(f"{path}: accuracy after the last epoch, mean ± standard deviation (seeds)\n")
         print(markdown(records))
 

@@ -191,8 +191,6 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     if there is no student.
     """
     measured = frame(records)
-    if measured.empty:  # of an untrained teacher and its heads
-        return
     students = measured[measured["method"] != "teacher"]
     students = measured if students.empty else students
     told = [n for n in PAIRED if n not in ("seed", "images") and students[n].nunique() > 1]

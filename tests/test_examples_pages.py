@@ -108,9 +108,8 @@ def test_students_of_two_teachers_are_two_lines_and_gain_on_the_same_student_alo
     assert [line[1:4] for line in lines] == told
 
 
-def test_a_table_has_a_picture_once_a_network_is_measured(tmp_path):
+def test_a_table_has_a_picture_of_students_or_of_teachers_alone(tmp_path):
     teacher, student = record("teacher", teacher="VGG16"), record("student", student="VGG7")
-    tables.picture([], tmp_path / "none.png")
     tables.picture([teacher], tmp_path / "teacher.png")
     tables.picture([teacher, student, record("student", epochs=2)], tmp_path / "both.png")
     assert {file.stem for file in tmp_path.iterdir()} == {"teacher", "both"}

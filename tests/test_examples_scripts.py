@@ -115,7 +115,7 @@ def epochs_kept(main, settings, kills=5):
         while process.is_alive() and time.monotonic() < latest:
             if epochs_in(settings.out) > kept[-1]:
                 break
-            time.sleep(0.02)
+            time.sleep(0.1)
         time.sleep(moment.uniform(0, 0.4))
         process.kill()
         process.join()
