@@ -23,7 +23,9 @@ squashes = pytest.mark.parametrize("squash", [None, "tanh", "scaled"])
 
 def make(form="paper", seed=0, **settings):
     """Return a loss in float64 whose heads and running statistics are not at their start."""
-    return copy.deepcopy(_made(form, seed, **settings))
+    loss = copy.deepcopy(_made(form, seed, **settings))
+    torch.manual_seed(seed)  # whether it was made now or before
+    return loss
 
 
 @cache
@@ -356,7 +358,7 @@ def test_graphs_say_whose_they_are_where_channels_agree():
     assert not torch.equal(teachers[0], own[0])
     assert torch.equal(loss.graphs(maps)[0], teachers[0])
     assert torch.equal(loss.graphs(maps, align_to=features(seed=1))[0], own[0])
-    with pytest.raises(ValueError, match='`of` must be "student" or None with `align_to`'):
+    with pytest.raises(ValueError, match="`of` must be 'student' or None if `align_to`"):
         loss.graphs(maps, align_to=maps, of="teacher")
     other = make("own heads")  # only the student has these channels
     maps = features("own heads")

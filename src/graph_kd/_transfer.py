@@ -257,8 +257,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         check_choice("of", of, (None, "teacher", "student"), or_callable=False)
         if align_to is not None and of == "teacher" and self.student_heads:
             raise ValueError(
-                '`of` must be "student" or None with `align_to`: then `features` are those of a '
-                'student with its own heads; got "teacher". Leave out one of the two.'
+                "`of` must be 'student' or None if `align_to` is given, as `features` are then the "
+                "student's; got 'teacher'. Leave out `of`, or `align_to` for a teacher."
             )
         given = {"features": features} | ({} if align_to is None else {"align_to": align_to})
         _, maps = in_order(self._keys, **given)
