@@ -33,16 +33,6 @@ def as_map(rows_bnc: Tensor, h: int, w: int) -> Tensor:
 
 
 @st.composite
-def decaying_values(draw: st.DrawFn, count: int, *, least_ratio: float = 0.3) -> list[float]:
-    """Draw singular values of which each is at most 0.9 of the one before."""
-    ratios = draw(st.lists(st.floats(least_ratio, 0.9), min_size=count - 1, max_size=count - 1))
-    values = [draw(st.floats(0.5, 20.0))]
-    for ratio in ratios:
-        values.append(values[-1] * ratio)
-    return values
-
-
-@st.composite
 def feature_lists(
     draw: st.DrawFn, channels: tuple[int, ...] = (6, 8, 10), batch: int = 6
 ) -> list[Tensor]:

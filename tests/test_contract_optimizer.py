@@ -215,7 +215,7 @@ class Events(Loop):
             self.see(twin.net.state_dict(), twin.optimizer.state_dict())
 
 
-@pytest.fixture(params=product(OPTIMIZERS, GATES), ids="-".join)
+@pytest.fixture(params=zip(OPTIMIZERS, [*GATES] * 2, strict=True), ids="-".join)
 def both(request):
     """Return the loop with the wrapper and the plain one."""
     make, gate = OPTIMIZERS[request.param[0]], GATES[request.param[1]]

@@ -5,8 +5,6 @@ import torch
 from baselines import RECIPES, FactorTransfer, Outputs, kd_svd, kd_svdf
 from einops import rearrange
 from golden_case import load
-from hypothesis import given
-from strategies import seeds
 
 from graph_kd import SVDFeature
 
@@ -48,16 +46,15 @@ def like(name, shown, taken):
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"ab", "ft"}))
-@given(seed=seeds)
-def test_student_that_equals_the_teacher_is_at_the_minimum(name, seed):
-    student, teacher = outputs(seed), outputs(seed)
+def test_student_that_equals_the_teacher_is_at_the_minimum(name):
+    student, teacher = outputs(0), outputs(0)
     taken = [tensor.requires_grad_() for tensor in tensors(name, student)]
     module = build(name)
     value = RECIPES[name].loss(module, student, teacher)
     assert abs(value.item()) < 1e-12
     for gradient in torch.autograd.grad(value, taken):
         assert gradient.abs().max() < 1e-7
-    assert RECIPES[name].loss(module, outputs(seed + 1), teacher) > 1e-6
+    assert RECIPES[name].loss(module, outputs(1), teacher) > 1e-6
 
 
 @every

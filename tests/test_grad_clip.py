@@ -16,7 +16,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from golden_case import load
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch.optim import SGD
@@ -405,7 +405,6 @@ some_calls = st.tuples(task_losses, st.one_of(*[transfer_losses] * 3, no_losses)
 
 @scopes
 @gates
-@settings(max_examples=60)
 @given(
     steps=st.lists(st.lists(some_calls, min_size=1, max_size=3), min_size=1, max_size=3),
     bound=st.sampled_from([0.3, 1.0, 3.0]),

@@ -178,7 +178,7 @@ def test_an_output_changed_in_place_afterwards_is_refused(name, grad):
 
 
 @pytest.mark.parametrize("mode", ["inference", "eager", "aot_eager"])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", ["relu", "detached"])
 def test_inference_mode_and_compiled_code_keep_the_output_as_it_was(mode, name):
     net = Gives(IN_PLACE[name])
     wanted, weight = net.linear(batch()), net.linear.weight

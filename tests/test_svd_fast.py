@@ -21,7 +21,7 @@ def falling(ratio, count):
 
 
 # Sensing points of the paper's networks: n, c.
-POINTS = [(256, 64), (64, 128), (16, 256), (4, 512), (1024, 64), (64, 256)]
+POINTS = [(256, 64), (64, 128), (16, 256), (4, 512), (64, 256)]
 SPECTRA = {
     "slow": falling(1.015, 64),
     "fast": [0.4 ** min(i, 8) for i in range(64)],
