@@ -389,7 +389,7 @@ def main(settings: Settings) -> None:
     for part in dict.fromkeys(settings.part):
         record: dict[str, Any] = {part: measure(part, settings), "settings": about}
         record["versions"] = common.versions(settings.device)
-        kept = [other for other in common.read_records(file) if part not in other]
+        kept = [other for other in common.read_records(file, []) if part not in other]
         common.write_records(file, [*kept, record])
         if part == "vectors":
             plot(record[part], file.with_suffix(".png"))

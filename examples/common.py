@@ -41,6 +41,9 @@ from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 
 import graph_kd
 
+# Set by torchrun. The first process prints and writes files.
+RANK, NUM_PROCESSES = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+
 S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
 
@@ -111,9 +114,9 @@ class Settings:
                 f"`--device cuda` must have a GPU for each of {local} processes; got {gpus}. Start "
                 "fewer processes, or take `--device cpu`."
             )
-        if self.batch_size % num_processes():
+        if self.batch_size % NUM_PROCESSES:
             raise ValueError(
-                f"`--batch-size` must be a multiple of {num_processes()}, the number of processes; "
+                f"`--batch-size` must be a multiple of {NUM_PROCESSES}, the number of processes; "
                 f"got {self.batch_size}."
             )
 
@@ -128,7 +131,7 @@ def command(main: Callable[[S], object], settings: type[S], description: str | N
     Under torchrun the processes form one group: over NCCL if there are GPUs, else over gloo.
     """
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if NUM_PROCESSES > 1:
             gpus, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
             if rank < gpus:
                 torch.cuda.set_device(rank)
@@ -140,40 +143,30 @@ def command(main: Callable[[S], object], settings: type[S], description: str | N
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
     finally:
-        if process_group() is not None:
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def process_group() -> dist.ProcessGroup | None:
     """Return the group of all processes; None if there is only this one."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-
-def num_processes() -> int:
-    """Return how many processes train together."""
-    return 1 if process_group() is None else dist.get_world_size()
-
-
-def is_main() -> bool:
-    """Return whether this process prints and writes files."""
-    return process_group() is None or dist.get_rank() == 0
+    return dist.group.WORLD if NUM_PROCESSES > 1 else None
 
 
 def own_share(rows: Tensor) -> Tensor:
     """Return the rows of this process, in rank order."""
-    return rows if process_group() is None else rows.tensor_split(num_processes())[dist.get_rank()]
+    return rows.tensor_split(NUM_PROCESSES)[RANK]
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
     """Return the sum of all processes' tensors."""
-    if process_group() is not None:
+    if NUM_PROCESSES > 1:
         dist.all_reduce(value)
     return value
 
 
 def place(network: M, settings: Settings) -> M:
     """Return the network on its device; on several GPUs batch norm sees the whole batch."""
-    if num_processes() > 1 and settings.device == "cuda":
+    if NUM_PROCESSES > 1 and settings.device == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return] # torch's own overloads leave it out
 
@@ -285,15 +278,10 @@ def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, Image
     try:
         train, test = read(settings.data_dir)
     except Exception as error:  # damaged archives, pickles and images raise nearly anything
-        told = f"{type(error).__name__}: {error}"
-        if settings.data_dir is None:
-            raise ValueError(
-                f"The download must give the whole data set; got {told}. Try again, or pass the "
-                "path of a copy as `--data-dir`."
-            ) from error
         raise ValueError(
-            f"`--data-dir` must be or contain the whole data set; got {settings.data_dir} "
-            f"({told}). Get it again and pass its path, or leave the flag out to download it."
+            "`--data-dir` must be or contain the whole data set; got "
+            f"{settings.data_dir or 'a download'} ({type(error).__name__}: {error}). Get it again, "
+            "and pass its path."
         ) from error
     found = int(train.labels.max()) + 1
     classes = settings.classes or found
@@ -398,7 +386,7 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
     splits = [tiny_labels(root / split, label_of) for split in ("train", "val")]
     listing = "".join(f"{file} {file.stat().st_size}\n" for split in splits for file in split)
     kept = CACHE / f"{TINY}-{zlib.crc32(listing.encode()):08x}.pt"
-    if is_main() and not kept.exists():
+    if RANK == 0 and not kept.exists():
         images = [torch.stack([decoded(file) for file in tqdm(split)]) for split in splits]
         save_atomically(kept, {"images": images})
     sum_over_processes(torch.zeros(1))  # the other processes wait here
@@ -494,7 +482,7 @@ class Run:
         self.file = settings.out / "networks" / f"{method}-{settings.seed}-{key:08x}.pt"
         self.records = settings.out / "records.jsonl"
         # An error comes before the training.
-        read_runs(self.records)
+        read_records(self.records)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -519,7 +507,7 @@ class Run:
             self.order.set_state(self.saved["order"])
         left = range(len(epochs), count)
         name = f"{self.record['settings']['method']}, {phase}"
-        hidden = not is_main() or not left
+        hidden = RANK > 0 or not left
         bar = tqdm(left, name, count, initial=len(epochs), unit="epoch", disable=hidden)
         for epoch in bar:
             started = time.perf_counter()
@@ -528,14 +516,14 @@ class Run:
             self.record["seconds"][phase] = round(seconds, 3)
             states = {name: part.state_dict() for name, part in parts.items()}
             state = {"phase": phase, "parts": states, "order": self.order.get_state()}
-            if is_main():
+            if RANK == 0:
                 save_atomically(self.file, {**state, "record": self.record})
             bar.set_postfix(epochs[-1])
 
     def log(self, losses: Iterable[Sequence[Tensor]], **measured: float) -> None:
         """Add an epoch to the record: means of the losses of each step, and what was measured."""
         rows = torch.stack([torch.stack(list(row)).detach().float() for row in losses])
-        means = finite(sum_over_processes(rows.mean(dim=0)) / num_processes()).tolist()
+        means = finite(sum_over_processes(rows.mean(dim=0)) / NUM_PROCESSES).tolist()
         named = zip(("loss", "transfer_loss"), means, strict=False)
         epochs = self.record["phases"][self.phase]
         epoch = {"epoch": len(epochs) + 1, **{name: round(mean, 5) for name, mean in named}}
@@ -551,8 +539,11 @@ class Run:
         measured = [epoch["test_accuracy"] for epoch in epochs if "test_accuracy" in epoch]
         if measured:
             self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
-        if is_main():
-            runs = [*read_runs(self.records), self.record]  # it takes the place of an earlier one
+        if RANK == 0:
+            runs = [
+                *read_records(self.records),
+                self.record,
+            ]  # it takes the place of an earlier one
             write_records(self.records, {str(run["settings"]): run for run in runs}.values())
         return self.record
 
@@ -592,27 +583,20 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in records).encode())
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none if there is no file."""
+def read_records(
+    path: Path, needed: Sequence[str] = ("settings", "phases")
+) -> list[dict[str, Any]]:
+    """Return the records of a file, by default of trained networks; none if there is no file."""
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        [record[name] for record in records for name in needed]
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
-            f"`{path}` must hold a JSON record a line; got {error}. Move it away."
+            f"`{path}` must hold a JSON record a line, each with {' and '.join(needed) or 'keys'}; "
+            f"got {type(error).__name__}: {error}. Move it away."
         ) from error
-
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the records of trained networks."""
-    records = read_records(path)
-    for record in records:
-        if not isinstance(record, dict) or not {"settings", "phases"} <= record.keys():
-            raise ValueError(
-                f"`{path}` must hold records of trained networks; got {str(record)[:40]}. Move it "
-                "away."
-            )
     return records
 
 
@@ -636,14 +620,14 @@ def versions(device: str) -> dict[str, str]:
         "graph_kd": graph_kd.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "hardware": hardware if num_processes() == 1 else f"{num_processes()} × {hardware}",
+        "hardware": hardware if NUM_PROCESSES == 1 else f"{NUM_PROCESSES} × {hardware}",
         "commit": commit,
     }
 
 
 def report(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Print the accuracy of each network after its last epoch, and draw all epochs."""
-    if not is_main():
+    if RANK > 0:
         return
     figure = Figure(figsize=(6.5, 4.0), layout="constrained")
     axes = figure.subplots()

@@ -10,19 +10,16 @@ Axis letters: ``b`` sample, ``c`` channel, ``h w`` space.
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import sqrt
 
 import torch
-import tyro
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-MOST_WIDTH = 4.0  # a larger factor is likely a mistake
 VGG_CHANNELS, VGG_HIDDEN = (64, 128, 256, 512, 512), 1024
 STAGE_CHANNELS = (64, 128, 256)  # of all others
 
@@ -43,23 +40,10 @@ class Network(nn.Sequential):
 
     name: str
 
-    def __init__(
-        self, channels: Sequence[int], embedding: str, image_size: int, **parts: nn.Module
-    ) -> None:
+    def __init__(self, channels: Sequence[int], embedding: str, **parts: nn.Module) -> None:
         super().__init__(OrderedDict(parts))
-        self.channels, self.embedding, self.image_size = tuple(channels), embedding, image_size
+        self.channels, self.embedding = tuple(channels), embedding
         self.sensing_points = tuple(f"stages.{stage}" for stage in range(len(channels)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits; refuse images of another size, which pooling would hide."""
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"`images` must have shape (b, 3, {size}, {size}); got {tuple(images.shape)}. "
-                "Build the network with their `image_size`, 32 or 64."
-            )
-        logits: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
-        return logits
 
 
 def vgg(
@@ -86,7 +70,7 @@ def vgg(
         incoming = hidden
     embedding = f"classifier.{len(classifier) - 1}"
     classifier.append(nn.Linear(incoming, classes))
-    return Network(channels, embedding, image_size, stages=stages, classifier=classifier)
+    return Network(channels, embedding, stages=stages, classifier=classifier)
 
 
 def three_stages(
@@ -117,7 +101,6 @@ def three_stages(
     network = Network(
         channels,
         "pool",
-        image_size,
         stem=front,
         stages=stages,
         last=norm_relu(incoming) if pre_activation else nn.Identity(),
@@ -225,8 +208,6 @@ def draw_weights(module: nn.Module) -> None:
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:
     """Return the channel counts times ``width``, at least one."""
-    if not 0 < width <= MOST_WIDTH:
-        raise ValueError(f"`width` must be above 0 and at most {MOST_WIDTH:g}; got {width}.")
     return [max(1, round(count * width)) for count in channels]
 
 
@@ -251,56 +232,35 @@ POSTER = {  # millions of operations (its "FLOPS") and of parameters, on CIFAR-1
 
 
 def build(name: str, classes: int, width: float = 1.0, image_size: int = 32) -> Network:
-    """Return a new network of `NETWORKS`.
-
-    Args:
-        name: One of `NETWORKS`.
-        classes: Number of classes.
-        width: Factor on every channel count.
-        image_size: Height and width of the images, 32 or 64 pixels.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
-    if name not in NETWORKS:
-        raise ValueError(f"`name` must be one of {', '.join(NETWORKS)}; got {name!r}.")
-    if image_size not in (32, 64):
-        raise ValueError(f"`image_size` must be 32 or 64; got {image_size}.")
+    """Return a new network of `NETWORKS`, for images of 32×32 or of 64×64 pixels."""
     network = NETWORKS[name](classes, width, image_size)
     network.name = name
     return network
 
 
-def costs(name: str, classes: int, width: float, image_size: int) -> tuple[str, str, str]:
+def costs(name: str, classes: int, image_size: int) -> tuple[str, str, str]:
     """Return channels at the sensing points, and millions of multiply-adds and of parameters."""
     with torch.device("meta"), torch.no_grad():  # shapes alone
-        network = build(name, classes, width, image_size).eval()
+        network = build(name, classes, image_size=image_size).eval()
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, 3, image_size, image_size))
     adds, weights = counter.get_total_flops() / 2, sum(p.numel() for p in network.parameters())
     return ", ".join(map(str, network.channels)), f"{adds / 1e6:.1f}", f"{weights / 1e6:.3f}"
 
 
-def table(width: float = 1.0) -> str:
-    """Print what each network costs, as Markdown.
-
-    Args:
-        width: Factor on every channel count.
-    """
+def table() -> str:
+    """Return what each network costs, as Markdown."""
     head = ["network", "channels at the sensing points"]
     for what in ("multiply-adds, M", "parameters, M"):
         head += [f"{what}: CIFAR-100", "poster", "Tiny ImageNet"]
     rows = [head, ["---"] * len(head)]
     for name in NETWORKS:
-        channels, *cifar = costs(name, 100, width, 32)
-        _, *tiny = costs(name, 200, width, 64)
+        channels, *cifar = costs(name, 100, 32)
+        _, *tiny = costs(name, 200, 64)
         poster = POSTER.get(name, "––")
         rows.append([name, channels, cifar[0], poster[0], tiny[0], cifar[1], poster[1], tiny[1]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":
-    try:
-        print(tyro.cli(table, description=__doc__))
-    except ValueError as error:
-        sys.exit(f"networks.py: {error}")
+    print(table())

@@ -200,7 +200,7 @@ def heads_of(
 
 def run(config: Config) -> None:
     """Train every row for every seed that has no record yet, and print the table."""
-    records = common.read_records(config.out)
+    records = common.read_records(config.out, ["row"])
     settings = quickstart.Config(
         split=config.split,
         teacher_steps=config.steps,
@@ -251,8 +251,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "accuracy, %": rows["accuracy"].agg(tables.spread),
         "against own heads, 95 % interval": rows["difference"].agg(tables.interval),
     }
-    text: str = pd.DataFrame(columns).to_markdown(disable_numparse=True)
-    return text
+    return str(pd.DataFrame(columns).to_markdown(disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -135,15 +135,6 @@ def train_heads(
     return transfer
 
 
-def with_own_heads(transfer: GraphTransferLoss, config: Config) -> GraphTransferLoss:
-    """Return a loss with the same heads of the teacher, and new ones of the student's own."""
-    own = GraphTransferLoss(
-        CHANNELS, config.num_heads, student_channels=CHANNELS, squash=transfer.squash
-    )
-    own.estimators = transfer.estimators
-    return own
-
-
 def train_student(
     method: str,
     student: VGG,
@@ -280,7 +271,12 @@ def run(config: Config) -> None:
         for method in METHODS:
             torch.manual_seed(seed)  # the same start for every method
             student = VGG(convs_per_stage=1)
-            loss = with_own_heads(transfer, config) if method == "MHGD, own heads" else transfer
+            loss = transfer
+            if method == "MHGD, own heads":
+                loss = GraphTransferLoss(
+                    CHANNELS, config.num_heads, student_channels=CHANNELS, squash=transfer.squash
+                )
+                loss.estimators = transfer.estimators
             models[method] = train_student(method, student, teacher, loss, few, train, seed, config)
         for name, model in models.items():
             accuracies[name].append(accuracy(model, test))

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ import torch
 from baselines import RECIPES
 from common import Data, DivergedError
 from networks import Network, build
-from tables import TABLES, Row, Table, markdown, picture
+from tables import ROWS, TITLES, Table, markdown, picture
 from train_baseline import Distillation
 from tyro.conf import Fixed, Suppress
 
@@ -60,38 +61,25 @@ class Settings(cifar100_vgg.Settings):
         super().__post_init__()
         if not self.seeds:
             raise ValueError("`--seeds` must be at least one; got none.")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"`--seeds` must be ≥ 0 and < 2**63; got {seed}.")
-        titles = [row.title for table in self.table for row in TABLES[table]]
+        titles = [row["row"] for row in ROWS if row["table"] in self.table]
         for title in self.rows:
             if title not in titles:
                 raise ValueError(f"`--rows` must be some of {titles}; got {title!r}.")
-        if "heads" in self.table and not set(self.methods) <= {"student", "mhgd"}:
-            raise ValueError(
-                "`--methods` of the table heads must be some of student, mhgd; got "
-                f"{' '.join(self.methods)}."
-            )
 
 
-def cells(settings: Settings) -> Iterator[tuple[Row, str, Settings]]:
+def cells(settings: Settings) -> Iterator[tuple[dict[str, str], str, Settings]]:
     """Yield row, method and settings of each cell, those of a seed together."""
-    for seed in dict.fromkeys(settings.seeds):
-        for table in dict.fromkeys(settings.table):
-            for row in TABLES[table]:
-                if settings.rows and row.title not in settings.rows:
-                    continue
-                methods = tuple(method for method in row.published if method != "teacher")
-                if table == "heads":
-                    methods = tuple(m for m in methods if m in (settings.methods or methods))
-                else:
-                    methods = settings.methods or (*methods, *FORMS)
-                heads = row.num_heads or settings.num_heads
-                data_name = settings.data_name or import_module(row.script).Settings.data_name
-                of_cell = replace(settings, seed=seed, num_heads=heads, data_name=data_name)
-                for method in ("teacher", *methods):
-                    # With the method, so that the settings are checked against it.
-                    yield row, method, replace(of_cell, method=(method,))  # type: ignore[arg-type] # or a baseline
+    for seed, table, row in product(settings.seeds, settings.table, ROWS):
+        if row["table"] != table or (settings.rows and row["row"] not in settings.rows):
+            continue
+        published = [method for method in TITLES if method in row and method != "teacher"]
+        methods = settings.methods or [*published, *(FORMS if table != "heads" else ())]
+        heads = int(row.get("num_heads", settings.num_heads))
+        data_name = settings.data_name or import_module(row["script"]).Settings.data_name
+        of_cell = replace(settings, seed=seed, num_heads=heads, data_name=data_name)
+        for method in ("teacher", *methods):
+            # With the method, so that the settings are checked against it.
+            yield row, method, replace(of_cell, method=(method,))
 
 
 @lru_cache(maxsize=1)
@@ -108,19 +96,21 @@ def new_network(name: str, width: float, data: Data, settings: Settings) -> Netw
     return common.place(build(name, data.classes, width, image_size), settings)
 
 
-def train_cell(row: Row, method: str, settings: Settings) -> None:
+def train_cell(row: dict[str, str], method: str, settings: Settings) -> None:
     """Train a cell, and before it what it needs, where that is not done."""
-    script = import_module(row.script)
-    data = loaded(row.script, replace(settings, seed=0, method=(), num_heads=1, data_name=None))
+    script = import_module(row["script"])
+    data = loaded(row["script"], replace(settings, seed=0, method=(), num_heads=1, data_name=None))
     alone = replace(settings, teacher_seed=None)
     seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     of_teacher = replace(alone, seed=seed)
-    teacher = new_network(row.teacher, settings.width, data, of_teacher)
+    teacher = new_network(row["of_teacher"], settings.width, data, of_teacher)
     if method not in ("student", "dml"):  # DML trains a teacher of its own
         script.train_alone("teacher", teacher, data, of_teacher)
     if method == "teacher":
         return
-    student = new_network(row.student, settings.width * settings.student_width, data, settings)
+    student = new_network(
+        row["of_student"], settings.width * settings.student_width, data, settings
+    )
     student_data = data.share(settings.student_share)
     if method == "student":
         script.train_alone("student", student, student_data, alone)
@@ -138,33 +128,25 @@ def main(settings: Settings) -> None:
     if settings.render:
         return
     torch.backends.cudnn.benchmark = True
-    file, diverged = settings.out / "records.jsonl", dict[str, DivergedError]()
+    file, diverged = settings.out / "records.jsonl", list[str]()
     for row, method, of_cell in [*cells(settings)]:  # an error comes before the training
-        name, teacher = (
-            f"{row.script}, {row.title}, {m}, seed {of_cell.seed}" for m in (method, "teacher")
-        )
-        if teacher in diverged and method != "student":
-            diverged[name] = diverged[teacher]
-            continue
         try:
             train_cell(row, method, of_cell)
-        except DivergedError as error:
-            diverged[name] = error
-    if any("accuracy" in record for record in common.read_runs(file)):
+        except DivergedError as error:  # noqa: PERF203 # the other cells go on
+            name = f"{row['script']}, {row['row']}, {method}, seed {of_cell.seed}"
+            diverged.append(f"{name}: {error}")
+    if any("accuracy" in record for record in common.read_records(file)):
         show(file)
     if diverged:
-        named = "\n".join(f"{name}: {error}" for name, error in diverged.items())
-        sys.exit(f"reproduce.py: cells without a result:\n{named}")
+        sys.exit("\n".join(["reproduce.py: cells without a result:", *diverged]))
 
 
 def show(path: Path) -> None:
     """Print and draw a file of records."""
-    if not path.exists():
-        raise FileNotFoundError(f"`{path}` must be a file of records; there is none.")
-    records = common.read_runs(path)
+    records = common.read_records(path)
     if not any("accuracy" in record for record in records):
         raise ValueError(f"`{path}` must hold a measured network; it has none.")
-    if common.is_main():
+    if common.RANK == 0:
         picture(records, path.with_suffix(".png"))
         print(f"{path}: accuracy after the last epoch, mean ± standard deviation (seeds)\n")
         print(markdown(records))

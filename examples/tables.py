@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,75 +33,16 @@ VARIED += ["learning_rate", "amp", "batch_size", "classes"]
 MISSING = "–"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A pair of networks, or a number of attention heads, of a table."""
-
-    title: str
-    script: str  # shows its data and networks
-    teacher: str
-    student: str
-    published: Mapping[str, float]  # accuracy of each method as printed, per cent
-    num_heads: int | None = None  # if the table varies them
-
-
-COMPARED = ("teacher", "student", "soft-logits", "fsp", "ab", "kd-svd", "kd-svdf", "mhgd")
-STUDENTS = ("student", "soft-logits", "fsp", "ab", "kd-svd", "mhgd")
-SOTA = ["student", "teacher", "soft-logits", "fitnet", "at", "fsp", "dml", "kd-svd", "ft", "ab"]
-SOTA += ["rkd", "mhgd"]
-VGG, WRN = ("VGG16", "VGG7"), ("WRN-22-4", "WRN-10-4")
-
-
-def row(
-    title: str, script: str, pair: tuple[str, str], methods: Sequence[str], *accuracies: float
-) -> Row:
-    """Return a row from its accuracies in the order of the methods."""
-    return Row(title, script, *pair, dict(zip(methods, accuracies, strict=True)))
-
-
-TABLES: dict[Table, list[Row]] = {
-    "cifar100": [
-        row("VGG", "cifar100_vgg", VGG, COMPARED,
-            67.99, 59.97, 60.95, 61.87, 64.56, 64.25, 64.38, 67.02),
-        row("WRN", "cifar100_wrn", WRN, COMPARED,
-            77.22, 71.62, 71.88, 71.57, 72.23, 71.83, 71.82, 72.79),
-    ],
-    "tinyimagenet": [
-        row("VGG", "tinyimagenet_vgg", VGG, COMPARED,
-            56.30, 52.40, 53.78, 54.85, 54.99, 55.33, 55.35, 56.35),
-        row("WRN", "tinyimagenet_wrn", WRN, COMPARED,
-            61.31, 55.91, 56.00, 56.04, 56.53, 55.72, 55.95, 56.90),
-    ],
-    "students": [
-        row("VGG (modified)", "cifar100_wrn", ("WRN-22-4", "VGG-modified"), STUDENTS,
-            69.76, 70.51, 69.44, 71.24, 70.31, 71.52),
-        row("MobileNet", "cifar100_wrn", ("WRN-22-4", "MobileNet"), STUDENTS,
-            66.18, 67.35, 60.35, 67.84, 67.03, 68.32),
-        row("ResNet", "cifar100_wrn", ("WRN-22-4", "ResNet-small"), STUDENTS,
-            71.57, 71.81, 70.40, 71.55, 71.55, 72.74),
-    ],
-    "heads": [row("0 heads", "cifar100_vgg", VGG, ("student",), 59.97)] + [
-        Row(f"{heads} heads", "cifar100_vgg", *VGG, {"mhgd": accuracy}, heads)
-        for heads, accuracy in ((1, 65.71), (2, 66.41), (4, 67.01), (8, 67.02), (16, 66.70))
-    ],
-    "sota": [
-        row("ResNet32 → ResNet8", "cifar100_wrn", ("ResNet32", "ResNet8"), SOTA,
-            71.76, 78.96, 71.79, 72.74, 72.31, 72.65, 73.27, 73.68, 73.35, 73.08, 73.40, 73.98),
-    ],
-}  # fmt: skip
+# A line for each row of a table: which script and networks show it, and the printed accuracies, %.
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
+ROWS = [{str(name): text for name, text in row.dropna().items()} for _, row in PUBLISHED.iterrows()]
 
 
 def published() -> str:
     """Return the published accuracies as Markdown: a line a row, a column a method."""
-    rows = [
-        {"table": table, "row": row.title}
-        | {TITLES[method]: f"{accuracy:.2f}" for method, accuracy in row.published.items()}
-        for table, rows in TABLES.items()
-        for row in rows
-    ]
-    shown = pd.DataFrame(rows).fillna(MISSING)
-    text: str = shown.to_markdown(index=False, disable_numparse=True)
-    return text
+    shown = PUBLISHED.drop(columns=["script", "of_teacher", "of_student", "num_heads"])
+    shown = shown.rename(columns=TITLES).fillna(MISSING)
+    return str(shown.to_markdown(index=False, disable_numparse=True))
 
 
 def frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -180,8 +120,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
             | {"gain, points": spread(group["gain"], "+"), "95 % interval": interval(group["gain"])}
             | {"training loss": spread(group["loss"])}
         )
-    text: str = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    return text
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -35,10 +35,7 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-# `squash` of the transfer loss: None in the paper, tanh in the authors' program. Methods not in
-# this dict take "scaled".
-SQUASH: dict[Method, Literal["tanh"] | None]
-SQUASH = {"mhgd": None, "mhgd-soft-logits": None, "mhgd-tanh": "tanh"}
+PAPER = ("mhgd", "mhgd-soft-logits")  # forms that take attention logits as they are
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def train_student(
     """Train the student on the task and on the teacher's graphs; return the record.
 
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
-    part of the task loss; `SQUASH` says what is done to attention logits.
+    part of the task loss.
     """
     # Bound and soft share follow the method where no flag sets them.
     settings, bound, soft_share = common.suited(method, settings)
@@ -156,7 +153,7 @@ def train_student(
         teacher.channels,
         settings.num_heads,
         student_channels=student.channels if "own-heads" in method else None,
-        squash=SQUASH.get(method, "scaled"),
+        squash=None if method in PAPER else "tanh" if method == "mhgd-tanh" else "scaled",
         process_group=common.process_group(),
     ).to(settings.device)
     transfer.estimators = heads  # of the teacher, trained before; they stay as they are

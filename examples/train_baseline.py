@@ -34,7 +34,7 @@ class Distillation:
         settings: Any,
         script: ModuleType,
     ) -> None:
-        if common.num_processes() > 1:
+        if common.NUM_PROCESSES > 1:
             raise ValueError(f"`--methods` must be student or MHGD under torchrun; got {method}.")
         self.recipe = RECIPES[method]
         self.student, self.teacher, self.data, self.script = student, teacher, data, script

@@ -8,7 +8,6 @@ from itertools import product
 import cifar100_vgg
 import cifar_files
 import common
-import networks
 import numpy as np
 import pytest
 import quickstart
@@ -32,7 +31,6 @@ def own_folder_and_cache(tmp_path, monkeypatch):
 
 settings = partial(cifar100_vgg.Settings, device="cpu")
 tables = partial(reproduce.Settings, device="cpu")
-build = partial(networks.build, classes=5)
 
 
 def random_data(per_class=20, **changes):
@@ -247,7 +245,7 @@ def test_damaged_data_are_refused_with_the_reason(tmp_path, file, damage, reason
 
 def test_a_download_that_fails_gives_its_reason(monkeypatch):
     monkeypatch.setattr(common, "CIFAR100_URL", "file:///none")
-    with pytest.raises(ValueError, match=r"download must give the whole .*none.*`--data-dir`"):
+    with pytest.raises(ValueError, match=r"`--data-dir` must be .*; got a download .*none"):
         cifar100_vgg.load(settings())
 
 
@@ -265,18 +263,13 @@ def test_a_download_that_fails_gives_its_reason(monkeypatch):
         (settings, {"soft_share": float("nan")}, "`--soft-share` must be ≥ 0 and ≤ 1; got nan"),
         (settings, {"num_heads": 0}, "`--num-heads` must be ≥ 1; got 0"),
         (settings, {"seed": -1}, r"`--seed` must be ≥ 0 and < 2\*\*63; got -1"),
-        (tables, {"seeds": (-1,)}, r"`--seeds` must be ≥ 0 and < 2\*\*63; got -1"),
         (tables, {"teacher_seed": -1}, r"`--teacher-seed` must be ≥ 0 and < 2\*\*63; got -1"),
         (tables, {"rows": ("VGG16",)}, r"`--rows` must be some of \['VGG', 'WRN'\]; got 'VGG16'"),
-        (tables, {"table": ("heads",), "methods": ("ab",)}, "must be .* student, mhgd; got ab"),
         (first_batch, {"batch_size": 61}, r"`--batch-size` must be ≤ 60, .*; got 61\. Take"),
         (random_data, {"classes": 4}, "`--classes` must be ≤ 3; got 4"),
         (random_data, {"split": "dev", "per_class": 9}, "`--split dev` must have ten .* got fewer"),
         (quickstart.Config, {"labels": 78}, "`--labels` must be ≤ 77; got 78"),
         (quickstart.Config, {"seeds": 0}, "`--seeds` must be > 0; got 0"),
-        (build, {"name": "VGG"}, "`name` must be one of VGG16, .*; got 'VGG'"),
-        (build, {"name": "VGG7", "width": 0.0}, "`width` must be above 0 and at most 4; got 0.0"),
-        (build, {"name": "VGG7", "image_size": 28}, "`image_size` must be 32 or 64; got 28"),
     ],
 )
 def test_what_is_out_of_range_is_refused(make, change, message):
