@@ -505,6 +505,8 @@ class Run:
             for name, state in self.saved["parts"].items():
                 parts[name].load_state_dict(state)
             self.order.set_state(self.saved["order"])
+            if "random" in self.saved:  # not in checkpoints of version 0.2
+                torch.set_rng_state(self.saved["random"])
         left = range(len(epochs), count)
         name = f"{self.record['settings']['method']}, {phase}"
         hidden = RANK > 0 or not left
@@ -515,9 +517,10 @@ class Run:
             seconds = self.record["seconds"].get(phase, 0.0) + time.perf_counter() - started
             self.record["seconds"][phase] = round(seconds, 3)
             states = {name: part.state_dict() for name, part in parts.items()}
-            state = {"phase": phase, "parts": states, "order": self.order.get_state()}
+            state = {"phase": phase, "parts": states, "record": self.record}
+            state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
             if RANK == 0:
-                save_atomically(self.file, {**state, "record": self.record})
+                save_atomically(self.file, state)
             bar.set_postfix(epochs[-1])
 
     def log(self, losses: Iterable[Sequence[Tensor]], **measured: float) -> None:

@@ -128,7 +128,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_the_same(small, tmp_path):
     outs = tmp_path / "killed", tmp_path / "whole"
     # The script's own training, and a baseline with two phases.
     cells = {"rows": ("VGG",), "seeds": (1,), "methods": ("mhgd-own-heads", "fsp")}
-    changes = {"epochs": 6, "teacher_epochs": 1, **cells}
+    changes = {"epochs": 6, "teacher_epochs": 1, "first_epochs": 4, **cells}
     killed, whole = (small(reproduce, out=out, **changes) for out in outs)
     kept = epochs_kept(reproduce.main, killed)
     assert kept == sorted(kept)  # what was checkpointed is never lost

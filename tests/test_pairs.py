@@ -82,7 +82,6 @@ def of_stages(build, *args, count=3, prefix="stages.", **settings):
 def small(make, *args, **settings):
     """Return a network of the examples on images of half their size."""
     network = make(*args, image_size=32, classes=5, **settings)
-    network.image_size = 16
     if make is vgg:
         pool = Reduce("b c h w -> b c", "mean")
         network.classifier = nn.Sequential(pool, nn.Linear(network.channels[-1], 5))
