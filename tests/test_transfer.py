@@ -265,10 +265,11 @@ def test_a_large_batch_is_taken_in_blocks_whose_logits_are_computed_again(monkey
     torch.testing.assert_close(make()(features(), features(seed=1)), wanted)
 
 
-def test_batchmean_divides_the_sum_by_the_samples():
+@pytest.mark.parametrize("batch", [3, 6])
+def test_batchmean_divides_the_sum_by_the_samples(batch):
     summed, mean = make(reduction="sum"), make(reduction="batchmean")
-    student, teacher = features(), features(seed=1)
-    torch.testing.assert_close(mean(student, teacher), summed(student, teacher) / 6)
+    student, teacher = features(batch=batch), features(seed=1, batch=batch)
+    torch.testing.assert_close(mean(student, teacher), summed(student, teacher) / batch)
 
 
 @pytest.mark.parametrize(("name", "value"), [("reduction", "mean"), ("squash", "tan")])
