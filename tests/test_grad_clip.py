@@ -329,13 +329,22 @@ def test_one_factor_that_is_not_finite_drops_the_transfer_gradient_of_all():
 # Leaves that the optimizer does not hold.
 
 
-def test_a_leaf_outside_that_nobody_clears_is_gated_by_each_step_alone():
+@pytest.mark.parametrize("clearing", ["optimizer", "model"])
+def test_a_leaf_outside_that_nobody_clears_is_gated_by_each_step_alone(clearing):
     held, outside, optimizer = wrapped(1, 1, held=1)
     for step in (1, 2, 3):
-        optimizer.zero_grad()
+        if clearing == "optimizer":
+            optimizer.zero_grad()
+        else:
+            held.grad = None
         optimizer.backward(3 * held + outside, 3 * held + 4 * outside)
         assert optimizer.gates == [1.0, 0.25]
         assert outside.grad.item() == 2.0 * step  # as `.backward()` would accumulate
+    held.grad = None
+    optimizer.backward(3 * held + outside, math.inf * held)  # skipped, and the next step is not
+    held.grad = None
+    optimizer.backward(3 * held + outside, 3 * held + 4 * outside)
+    assert (optimizer.gates, optimizer.skipped) == ([1.0, 0.25], 1)
 
 
 def test_inputs_that_require_gradient_get_it_and_are_not_kept():

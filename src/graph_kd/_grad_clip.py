@@ -181,6 +181,7 @@ class GatedGradClip(OptimizerShell):
         batch of one sample).
         """
         shared, group = self._shared, self._shared.process_group
+        shared.sums.drop_cleared(shared.params)  # by `model.zero_grad()`, say
         _check_processes(group)
         _check_settings(shared.gate, shared.scope, shared.bound, or_zero=True)  # as set since
         check_loss("task_loss", task_loss)
