@@ -32,6 +32,15 @@ class Apply(nn.Module):
         return self.function(self.before(x))
 
 
+class Asserts(nn.Module):
+    def __init__(self, message):
+        super().__init__()
+        self.message = message
+
+    def forward(self, _x):
+        raise AssertionError(self.message)
+
+
 class TakesTwo(nn.Module):
     """Has two inputs, one of which may come once for all samples, and a number."""
 
@@ -363,9 +372,9 @@ AXIS_3 = "If the {}'s channels are on axis 3: Pass `channel_dim=-1`"
 NO_GRADIENT = r"^Student layer '{}' carries no gradient to the student's parameters\. .*frozen"
 SHARED = "^Student layer '0' carries gradient to the teacher's parameters: the two models share t"
 NORM = r"^Teacher: its norm '1\.0' is in training .*`teacher\.eval\(\)`"
-NO_SAMPLE = "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds one"
+NO_SAMPLE = "sample must be a tensor with a batch axis that is not empty, or a mapping, tuple or"
 SELECT = r"^{0} layer '0' gave tuple .*`{1}_select=5` failed"
-ONE_EACH = "^{0}, layers .*`select` must have one entry per layer"
+ONE_EACH = "^{0}, layers .*`{1}_select` must have one entry per layer"
 model, cell = stages(), chain(nn.GRU(6, 8))
 REFUSED = [
     # What comes once for the whole batch stays as it is when the batch grows.
@@ -395,8 +404,14 @@ REFUSED = [
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
     *[
         (NO_SAMPLE, pair(stages()) | {"sample": sample})
-        for sample in (3, "x", None, [], {}, [[x]], {"x": 1}, torch.ones(()), (torch.tensor(1),))
+        for sample in (3, "x", None, [], {}, [[x]], {"x": 1}, torch.ones(()), torch.ones(0, 6))
     ],
+    (r"^Teacher, layers \['0'\]: no such size$", pair(stages(), stages(Asserts("no such size")))),
+    (r"^Teacher, layers \['0'\]: AssertionError$", pair(stages(), stages(Asserts("")))),
+    (
+        r"^Arguments: `student_channels\[0\]` must be an int; got None",
+        pair(stages()) | {"student_channels": [None]},
+    ),
     # Channels that do not agree.
     (
         OTHER.format(1, 10, "4, 10, 8, 8", 1, 16, "4, 16, 3, 3"),
@@ -435,8 +450,8 @@ REFUSED = [
     # Selects; the arguments have the names of the roles.
     (SELECT.format("Student", "student"), pair(cell, student_select=5)),
     (SELECT.format("Teacher", "teacher"), pair(stages(), cell, teacher_select=5)),
-    (ONE_EACH.format("Student"), pair(cell, student_select=[0, 0])),
-    (ONE_EACH.format("Teacher"), pair(stages(), cell, teacher_select=[0, 0])),
+    (ONE_EACH.format("Student", "student"), pair(cell, student_select=[0, 0])),
+    (ONE_EACH.format("Teacher", "teacher"), pair(stages(), cell, teacher_select=[0, 0])),
     (
         r"it gave torch\.quint8\. Pass `teacher_select=lambda output: output\.dequantize\(\)`",
         pair(stages(), output_of(quantised), "1"),
@@ -449,6 +464,13 @@ def test_models_that_do_not_fit_are_refused_and_left_without_a_trace(message, gi
     refused = pytest.raises(AssertionError, match=message)
     with no_trace(given["student"], given["teacher"]), refused:
         assert_feature_hooks(**given)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyBatchNorm1d()])
+def test_lazy_layers_are_refused_before_they_take_a_shape(lazy):
+    with pytest.raises(AssertionError, match=r"^Student, layers .* has lazy layers .* Run it on"):
+        assert_feature_hooks(**pair(chain(lazy)))
+    assert lazy.has_uninitialized_params()
 
 
 def test_a_layer_that_mixes_tokens_is_refused_until_the_select_of_the_message_is_passed():

@@ -95,6 +95,8 @@ class FeatureHooks:
 
         They stay readable after `remove`. If they are read again for a second training step without
         a new forward pass, the loss raises. A list that is kept in a variable may be used again.
+        If a copy of the model ran before each of two reads, the second one raises: the hooks are
+        likely on another model than the one that trains.
         """
         if not hasattr(self, "_outputs"):
             raise RuntimeError(

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from graph_kd._axes import Channels, watch_channels
-from graph_kd._checks import check_dense
+from graph_kd._checks import check_count, check_dense
 from graph_kd._features import channel_axis, check_channel_dim
 from graph_kd._forward_pass import training_norms
 from graph_kd._hooks import FeatureHooks, named_modules, unwrap
@@ -48,7 +49,7 @@ def assert_feature_hooks(
 
     The models run twice each, in the mode they are in; the second time on one sample more, to see
     which axis is the batch. If a model raises on it, that check is left out. Buffers (running
-    statistics), gradients and the random state are left as they were.
+    statistics), gradients and torch's random state are left as they were.
 
     Args:
         student: The model to be trained.
@@ -87,6 +88,8 @@ def assert_feature_hooks(
         )
     with _assertions("Arguments"):
         of_teacher, of_student = check_channel_dim(channel_dim)
+        for n, count in enumerate(student_channels or ()):
+            check_count(f"student_channels[{n}]", count)
     ours = _Side("Student", student, student_layers, student_select, of_student)
     theirs = _Side("Teacher", teacher, teacher_layers, teacher_select, of_teacher)
     with _undisturbed(student, inputs), _undisturbed(teacher, inputs):
@@ -121,11 +124,11 @@ class _Inputs:
         self.named = dict(sample) if isinstance(sample, Mapping) else {}
         self.listed = list(sample) if several else [] if self.named else [sample]
         values = [*self.listed, *self.named.values()]
-        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
+        tensors = [v for v in values if isinstance(v, Tensor) and v.ndim and len(v)]
         if not tensors:
             raise AssertionError(
-                "sample must be a tensor with a batch axis, or a mapping, tuple or list that holds "
-                f"one; got {type(sample).__name__}."
+                "sample must be a tensor with a batch axis that is not empty, or a mapping, tuple "
+                f"or list that holds one; got {type(sample).__name__}."
             )
         # Position ids and alike may come once for the whole batch.
         self.size = next((len(t) for t in tensors if len(t) > 1), len(tensors[0]))
@@ -166,6 +169,10 @@ class _Side:
         self.channels: dict[str, Channels | None] = {}
         with _assertions(self.where):
             self.plain = unwrap(model)
+        if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+            raise AssertionError(
+                f"{self.where}: the model has lazy layers without shapes. Run it on a batch first."
+            )
 
     def run(self, inputs: _Inputs) -> list[Tensor]:
         """Return the features of one forward pass, which leaves no hooks behind."""
@@ -326,8 +333,9 @@ def _assertions(where: str, role: str = "") -> Iterator[None]:
     """Turn what a wrong model raises into an AssertionError that says where."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        message = str(error).replace("`select=", f"`{role.lower()}_select=") if role else str(error)
+    except Exception as error:
+        message = str(error) or type(error).__name__
+        message = message.replace("`select", f"`{role.lower()}_select") if role else message
         if role and message.startswith("Layer "):
             raise AssertionError(f"{role} l{message[1:]}") from error
         raise AssertionError(f"{where}: {message}") from error
