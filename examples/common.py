@@ -42,7 +42,7 @@ from tqdm import tqdm  # type: ignore[import-untyped] # it ships no types
 import graph_kd
 
 # Set by torchrun. The first process prints and writes files.
-RANK, NUM_PROCESSES = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+RANK, NUM_PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 S = TypeVar("S")
 M = TypeVar("M", bound=nn.Module)
@@ -543,10 +543,8 @@ class Run:
         if measured:
             self.record |= {"accuracy": measured[-1], "best_accuracy": max(measured)}
         if RANK == 0:
-            runs = [
-                *read_records(self.records),
-                self.record,
-            ]  # it takes the place of an earlier one
+            # It takes the place of an earlier one.
+            runs = [*read_records(self.records), self.record]
             write_records(self.records, {str(run["settings"]): run for run in runs}.values())
         return self.record
 

@@ -108,9 +108,8 @@ def train_cell(row: dict[str, str], method: str, settings: Settings) -> None:
         script.train_alone("teacher", teacher, data, of_teacher)
     if method == "teacher":
         return
-    student = new_network(
-        row["of_student"], settings.width * settings.student_width, data, settings
-    )
+    width = settings.width * settings.student_width
+    student = new_network(row["of_student"], width, data, settings)
     student_data = data.share(settings.student_share)
     if method == "student":
         script.train_alone("student", student, student_data, alone)
