@@ -140,8 +140,11 @@ VALUES = [
     (partial(loss(student_channels=[5, 4, 7]).graphs, maps(batch=1)), ValueError,
      r"`features\[0\]` must hold at least 2 samples"),
     (partial(loss().graphs, maps(), of=1), ValueError, r"`of` .* 'teacher', 'student'; got 1"),
-    *[(partial(loss(squash=s), maps(), maps()), ValueError, r"`squash` must return logits of")
-      for s in (lambda s: s.mean(-1, keepdim=True), lambda _: None)],
+    *[(partial(loss(squash=s), maps(), maps()), ValueError,
+       rf"`squash` must return floating-point logits of the shape .* 6, 6\); got {got}\.$")
+      for s, got in ((lambda s: s.mean(-1, keepdim=True), r"\(., 6, 1\) of torch\.float32"),
+                     (lambda s: s > 0, r"\(., 6, 6\) of torch\.bool"),
+                     (lambda _: None, "NoneType"))],
     (partial(loss(k=2), maps(), maps(size=(1, 1))), ValueError,
      r"`k` must be at most .* `teacher_features\[0\]`; got 2"),
     (partial(loss(k=2), maps(size=(1, 1)), maps()), ValueError,

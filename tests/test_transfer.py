@@ -280,9 +280,12 @@ def test_settings_are_checked_when_they_are_used(name, value):
         loss(features(), features())
 
 
-def test_callable_squash_takes_logits_to_logits():
+def test_callable_squash_takes_logits_to_logits_and_leaves_the_loss_its_dtype():
     maps = features(), features(seed=1)
-    torch.testing.assert_close(make(squash=torch.tanh)(*maps), make(squash="tanh")(*maps))
+    wanted = make(squash="tanh")(*maps)
+    torch.testing.assert_close(make(squash=torch.tanh)(*maps), wanted)
+    half = make(squash=lambda logits: logits.tanh().half())(*maps)
+    torch.testing.assert_close(half, wanted, rtol=0.01, atol=0)
 
 
 def test_the_graphs_of_the_teacher_are_constants_for_a_squash_that_learns():

@@ -70,9 +70,12 @@ def log_graph(theta: Tensor, phi: Tensor, squash: Squash) -> Tensor:
 
 def _called(squash: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     squashed = squash(logits)
-    if isinstance(squashed, Tensor) and squashed.shape == logits.shape:
-        return squashed
-    got = tuple(squashed.shape) if isinstance(squashed, Tensor) else squashed
+    got = type(squashed).__name__
+    if isinstance(squashed, Tensor):
+        if squashed.shape == logits.shape and squashed.is_floating_point():
+            return squashed.to(logits.dtype)
+        got = f"{tuple(squashed.shape)} of {squashed.dtype}"
     raise ValueError(
-        f"`squash` must return logits of the shape it was given, {tuple(logits.shape)}; got {got}."
+        "`squash` must return floating-point logits of the shape it was given, "
+        f"{tuple(logits.shape)}; got {got}."
     )

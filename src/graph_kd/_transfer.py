@@ -71,7 +71,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     heads act as in evaluation mode, whatever `train` says: no gradient to them or the teacher, no
     running statistic moves. `student_heads` use the statistics of the batch in training mode and
     the running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone.
-    Everything is computed in the heads' dtype, float32 at least, under autocast too.
+    Everything is computed in the heads' dtype, float32 at least, under autocast too; call
+    `backward` outside of it, as torch advises.
 
     Args:
         channels: The teacher's channels at each sensing point, front to back; at least two.
