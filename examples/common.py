@@ -592,7 +592,7 @@ def read_records(
         return []
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        [record[name] for record in records for name in needed]  # else a KeyError
+        [record[name] for record in records for name in needed]  # raises if missing
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"`{path}` must hold a JSON record a line, each with {' and '.join(needed) or 'keys'}; "

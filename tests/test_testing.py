@@ -404,8 +404,9 @@ REFUSED = [
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
     *[
         (NO_SAMPLE, pair(stages()) | {"sample": sample})
-        for sample in (3, "x", None, [], {}, [[x]], {"x": 1}, torch.ones(()), torch.ones(0, 6))
+        for sample in (3, "x", None, [], {}, [[x]], {"x": 1}, torch.ones(()), (torch.tensor(1),))
     ],
+    (NO_SAMPLE, pair(stages(), sample=torch.ones(0, 6))),
     (r"^Teacher, layers \['0'\]: no such size$", pair(stages(), stages(Asserts("no such size")))),
     (r"^Teacher, layers \['0'\]: AssertionError$", pair(stages(), stages(Asserts("")))),
     (
