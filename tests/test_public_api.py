@@ -20,7 +20,7 @@ ALLOWED = {
     "_align": {"_checks"},
     "_precision": set(),
     "_svd_exact": set(),
-    "_leading": set(),
+    "_leading": {"_svd_exact"},
     "_features": {"_checks"},
     "_svd": {"_checks", "_leading", "_precision", "_svd_exact"},
     "_svd_feature": {"_checks", "_features", "_svd"},

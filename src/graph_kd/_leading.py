@@ -25,6 +25,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from graph_kd._svd_exact import are_null
+
 __all__ = ["fast_gradient", "fast_vectors"]
 
 # Vectors beside the wanted ones: the gap to the last one decides the convergence. With two, 95 % of
@@ -36,7 +38,9 @@ FILTERS, FILTERS_CPU = 2, 5  # of the fixed form, and at most on the CPU after t
 TOLERANCE = 3e-4  # radian, angle to the leading subspace; a gradient's error is 2.5 times that
 LOST = 1e-2  # radian; beyond, a vector is as arbitrary as one of value zero
 ROUNDING = 6e-8  # norm of the rounding errors of a Gram matrix relative to its own, about eps/2
-CLOSE = 1e-3  # relative gap of eigenvalues below which the derivative needs float64
+# Gaps of eigenvalues below which the derivative needs float64, relative to the larger one and to
+# the largest of all: its error is the rounding errors of the Gram matrix over the gap.
+CLOSE, CLOSE_OF_LARGEST = 1e-3, 3e-5
 SMALLEST, LARGEST = 1e-12, 1e15  # of a Gram diagonal: its rounding errors squared fit float32
 LOG_RANGE = 80.0  # of the growth in a filter, natural logarithm; float32 ends at 88
 LOG_SPREAD = 15.0  # of the growth in the first filter: below 16, rows stay independent
@@ -48,7 +52,7 @@ CLEAR_EVERY = 3  # degrees between two such projections: it grows from rounding 
 # the error of its gradient is 2 to 4 times as large.
 STEEP = 32.0
 RIDGE = 1e-14  # relative, added to the diagonal: a Cholesky factor of dependent rows is finite
-TINY = 1e-38  # added as well: filtered rows of maps with few live channels can be zero
+TINY = 1e-38  # least norm of a row; filtered rows of maps with few live channels can be zero
 
 
 def fast_vectors(
@@ -90,8 +94,11 @@ def fast_vectors(
                 length = torch.linalg.vector_norm(right, dim=-1).clamp_min(TINY)
             along = right @ rearrange(matrix.sum(dim=1), "b c -> b c 1")
             right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
+            null, values = null[:, :k].clone(), values[:, :k].clone()
+            if maps[i].dtype != torch.float32:  # half precision hides larger values
+                null |= are_null(values, maps[i])
             # Operators return no views, and rows of the layout that compiled graphs expect.
-            own = (null[:, :k].clone(), values[:, :k].clone(), grams[i], doubtful.clone())
+            own = (null, values, grams[i], doubtful.clone())
             results[i] = (right.contiguous(), *own)
     return results
 
@@ -215,7 +222,8 @@ def _search(sides: list[Tensor], gram: Tensor, last: Tensor, kept: int, fixed: b
     angles = _angles(ritz, last)
     if not fixed and bool((ritz.values[:, :1] > STEEP * ritz.values.gather(1, last)).any()):
         ritz = yield from _ritz(gram, ritz.vectors, sides)
-    close = ritz.values[:, 1:] >= (1 - CLOSE) * ritz.values[:, :-1]
+    values, less = ritz.values, (1 - CLOSE) * ritz.values[:, :-1]
+    close = torch.add(values[:, 1:], values[:, :1], alpha=CLOSE_OF_LARGEST) >= less
     close &= torch.arange(kept - 1, device=last.device) <= last
     doubtful = outside | close.any(dim=1) | (angles.amax(dim=1) > TOLERANCE)
     null = (ritz.values <= ROUNDING * ritz.values[:, :1]) | (angles > LOST)
@@ -358,7 +366,7 @@ def _orthonormal(block: Tensor) -> Tensor:
     """Orthonormalise rows by their Cholesky factor, in float64: filtered rows are near parallel."""
     rows = block.double()
     gram = rows @ rows.mT
-    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE).add_(TINY)
+    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE).add_(TINY**2)
     factor, _ = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # To invert the small factor is faster than to solve for the long rows.

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["exact_gradient", "exact_vectors"]
+__all__ = ["are_null", "exact_gradient", "exact_vectors"]
 
 
 def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,9 +27,14 @@ def exact_vectors(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     values = torch.where(values[:, :1] < torch.finfo(own).tiny ** 0.5, 0, values)
     along = basis @ rearrange(matrix.mean(dim=1), "b c -> b c 1")
     basis = torch.where(along < 0, -basis, basis).contiguous()  # as compiled graphs expect
-    squares = (values / _scale(values)) ** 2
-    null = squares[:, :k] <= _noise(squares[:, :k], rows)
+    null = are_null((values / _scale(values))[:, :k] ** 2, rows)
     return basis[:, :k].clone(), null, values, basis
+
+
+def are_null(squares: Tensor, rows: Tensor) -> Tensor:
+    """Return which squared values, ``b k``, are zero up to the rounding of the maps."""
+    squares = squares / _scale(squares)
+    return squares <= _noise(squares, rows)
 
 
 def exact_gradient(
