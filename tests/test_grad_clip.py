@@ -347,6 +347,26 @@ def test_a_leaf_outside_that_nobody_clears_is_gated_by_each_step_alone(clearing)
     assert (optimizer.gates, optimizer.skipped) == ([1.0, 0.25], 1)
 
 
+@pytest.mark.parametrize("holds_both", [False, True], ids=["outside", "the model's zero_grad"])
+def test_a_gradient_that_nobody_clears_leads_to_a_warning(holds_both):
+    held, other, optimizer = wrapped(1, 1, held=2 if holds_both else 1)
+
+    def steps(number, *cleared):
+        for _ in range(number):
+            for leaf in cleared:
+                leaf.grad = None
+            for _ in range(2):  # accumulated: that is no step more
+                optimizer.backward(held.sum(), (held * other).sum())
+
+    steps(101, held, other)
+    steps(99, held)
+    with pytest.warns(UserWarning, match=r"1 tensors, the first of shape \(1,\), were not cleared"):
+        steps(1, held)
+    steps(50, held)  # warnings are errors here
+    steps(1, held, other)
+    steps(99, held)
+
+
 def test_inputs_that_require_gradient_get_it_and_are_not_kept():
     param, optimizer = wrapped(1)
     x = torch.tensor([3.0], requires_grad=True)

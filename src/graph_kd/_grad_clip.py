@@ -19,6 +19,7 @@ from graph_kd._distributed import (
     check_process_group,
 )
 from graph_kd._gate import Gate, Scope, merge_gradients
+from graph_kd._gradient_sums import MANY
 from graph_kd._optimizer_shell import COUNTS, OptimizerShell, OptimizerState, kept_in
 
 __all__ = ["GatedGradClip"]
@@ -61,6 +62,7 @@ class GatedGradClip(OptimizerShell):
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
+    A gradient that is not cleared in 100 steps leads to a warning.
     Such tensors are looked for in the autograd graph in every `backward`; those hidden in a custom
     `torch.autograd.Function` are not found.
 
@@ -178,10 +180,11 @@ class GatedGradClip(OptimizerShell):
         Called again before `zero_grad` it accumulates both gradients and gates the sums. A
         parameter that the transfer loss does not reach keeps its task gradient; one that neither
         reaches keeps None. Without a transfer loss only the task gradient is added (warm-up, a
-        batch of one sample).
+        batch of one sample). It frees the graph: add a third loss to the task loss.
         """
         shared, group = self._shared, self._shared.process_group
         shared.sums.drop_cleared(shared.params)  # by `model.zero_grad()`, say
+        _warn_of_sums(shared.sums.never_cleared())
         _check_processes(group)
         _check_settings(shared.gate, shared.scope, shared.bound, or_zero=True)  # as set since
         check_loss("task_loss", task_loss)
@@ -298,6 +301,17 @@ class GatedGradClip(OptimizerShell):
             "transfer_loss) in place of loss.backward(); optimizer.backward(task_loss) adds a "
             "task gradient only.",
             stacklevel=4,
+        )
+
+
+def _warn_of_sums(leaves: list[Tensor]) -> None:
+    if leaves:
+        warnings.warn(
+            f"The gradients of {len(leaves)} tensors, the first of shape "
+            f"{tuple(leaves[0].shape)}, were not cleared in {MANY} steps: each step adds to them. "
+            "Give the student's own heads to the optimizer, and call `optimizer.zero_grad()` in "
+            "place of `model.zero_grad()`. Set the gradients of other tensors to None yourself.",
+            stacklevel=3,
         )
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["GradientSums", "Sums"]
+__all__ = ["MANY", "GradientSums", "Sums"]
 
 # Parameters whose gradients for the next step came from the `backward` of a wrapper, of any one.
 GATED: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+MANY = 100  # steps after which a gradient that is never cleared is not meant so
 
 
 class Sums(NamedTuple):
@@ -37,6 +38,7 @@ class Left(NamedTuple):
     sums: Sums
     step: int
     before: Tensor | None  # gradient of earlier steps that nobody cleared: of leaves outside alone
+    outlived: int  # steps in which gradients of other parameters were cleared, and this one was not
 
     def untouched(self, param: Tensor) -> bool:
         """Return whether it still stands in ``param.grad`` as it was left."""
@@ -62,8 +64,9 @@ class GradientSums:
 
     def leave(self, param: Tensor, merged: Tensor | None, sums: Sums) -> None:
         """Put the merged gradient into ``param.grad``, laid out as `.backward()` would."""
-        left, before = self.left.get(param), None
+        left, before, outlived = self.left.get(param), None, 0
         if left is not None and left.untouched(param):
+            outlived = left.outlived
             before = left.before if left.step == self.step else left.merged
             merged = _add(before, merged)
         if merged is not None and _strides(merged) != _strides(param):
@@ -72,7 +75,7 @@ class GradientSums:
         param.grad = merged
         if merged is not None:
             GATED[param] = True
-            self.left[param] = Left(merged, merged._version, sums, self.step, before)
+            self.left[param] = Left(merged, merged._version, sums, self.step, before, outlived)
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors that have a gradient in this step."""
@@ -92,10 +95,16 @@ class GradientSums:
 
     def drop_cleared(self, params: Sequence[Tensor]) -> None:
         """Drop the sums of cleared gradients; the step is over if none of ``params`` has any."""
-        for param, left in list(self.left.items()):
-            if not left.untouched(param):
-                del self.left[param]
+        kept = {param: left for param, left in self.left.items() if left.untouched(param)}
+        if len(kept) < len(self.left):
+            self.left = WeakTensorKeyDictionary(
+                {p: left._replace(outlived=left.outlived + 1) for p, left in kept.items()}
+            )
         self.step += not any(param in self.left for param in params)
+
+    def never_cleared(self) -> list[Tensor]:
+        """Return the tensors whose gradient has just outlived `MANY` steps."""
+        return [param for param, left in self.left.items() if left.outlived == MANY]
 
 
 def _strides(tensor: Tensor) -> list[int]:
