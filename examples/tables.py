@@ -84,11 +84,17 @@ def about(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def groups(lines: pd.DataFrame) -> Iterator[tuple[str, dict[str, str], pd.DataFrame]]:
-    """Yield method, the settings that vary among the students, and the lines of all seeds."""
-    students = lines[lines["method"] != "teacher"]
-    found = {name: set(students[name]) - {MISSING} for name in VARIED}
-    varied = [name for name, values in found.items() if len(values) > 1]
-    for (method, *settings), group in lines.groupby(["method", *varied], sort=False):
+    """Yield method, the settings that vary among students or teachers, and the lines of all seeds.
+
+    Lines of other images are another group. Where no student has a "teacher_seed", each teacher has
+    that of its students.
+    """
+    is_teacher = lines["method"] == "teacher"
+    counts = lines[VARIED].mask(lines[VARIED] == MISSING).groupby(is_teacher).nunique()
+    several = (counts > 1).any()
+    several["teacher_seed"] = counts["teacher_seed"].get(False, 0) > 1
+    varied = several.index[several]
+    for (method, _, *settings), group in lines.groupby(["method", "images", *varied], sort=False):
         yield method, dict(zip(varied, settings, strict=True)), group
 
 

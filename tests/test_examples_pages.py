@@ -99,6 +99,14 @@ def test_teachers_of_two_pairs_are_two_lines():
     assert [line[1] for line in lines] == ["network", "VGG16", "VGG7", "WRN-22-4", "WRN-10-4"]
 
 
+def test_other_teacher_epochs_and_other_images_are_not_taken_for_seeds():
+    records = [record("teacher", 0, 50.0 + n, teacher_epochs=n) for n in (1, 2)]
+    records += [record("student", 0, 40.0 + n, images=n) for n in (1, 2)]
+    _, *lines = cells(tables.markdown(records))
+    told = [("1", "51.00 (1)"), ("2", "52.00 (1)"), ("–", "41.00 (1)"), ("–", "42.00 (1)")]
+    assert [line[1:3] for line in lines] == told
+
+
 def test_students_of_two_teachers_are_two_lines_and_gain_on_the_same_student_alone():
     records = [record("teacher", seed, 90.0 + seed) for seed in (0, 1)]
     records += [record("mhgd", 0, 60.0 + seed, teacher_seed=seed) for seed in (0, 1)]
