@@ -21,6 +21,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -164,6 +165,21 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def wait() -> None:
+    """Wait until all processes are here."""
+    sum_over_processes(torch.zeros(1))
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process run a block before the others: what it writes, they read."""
+    if RANK > 0:
+        wait()
+    yield
+    if RANK == 0:
+        wait()
+
+
 def place(network: M, settings: Settings) -> M:
     """Return the network on its device; on several GPUs batch norm sees the whole batch."""
     if NUM_PROCESSES > 1 and settings.device == "cuda":
@@ -245,7 +261,8 @@ class Data:
 
     def share(self, share: float) -> Data:
         """Return the first ``share`` of the training images of each class, rounded up."""
-        wanted = share * torch.bincount(self.train.labels) - 1e-6  # 0.07 · 100 exceeds 7
+        # In float64; even there 0.07 · 100 exceeds 7.
+        wanted = share * torch.bincount(self.train.labels).double() - 1e-6
         return replace(self, train=self.train.keep(self.train.places() < wanted[self.train.labels]))
 
     def batches(self, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -276,7 +293,8 @@ def load(settings: Settings, read: Callable[[Path | None], tuple[ImageSet, Image
     ``split="dev"`` measures on every tenth training image of a class and learns from the others.
     """
     try:
-        train, test = read(settings.data_dir)
+        with first_process_first():
+            train, test = read(settings.data_dir)
     except Exception as error:  # damaged archives, pickles and images raise nearly anything
         raise ValueError(
             "`--data-dir` must be or contain the whole data set; got "
@@ -386,10 +404,9 @@ def read_tinyimagenet(path: Path | None) -> tuple[ImageSet, ImageSet]:
     splits = [tiny_labels(root / split, label_of) for split in ("train", "val")]
     listing = "".join(f"{file} {file.stat().st_size}\n" for split in splits for file in split)
     kept = CACHE / f"{TINY}-{zlib.crc32(listing.encode()):08x}.pt"
-    if RANK == 0 and not kept.exists():
+    if not kept.exists():
         images = [torch.stack([decoded(file) for file in tqdm(split)]) for split in splits]
         save_atomically(kept, {"images": images})
-    sum_over_processes(torch.zeros(1))  # the other processes wait here
     images = read_tensors(kept, "images", "to decode the images again")["images"]
     labels = [torch.tensor(list(split.values())) for split in splits]
     train, val = map(ImageSet, images, labels)
@@ -546,6 +563,7 @@ class Run:
             # It takes the place of an earlier one.
             runs = [*read_records(self.records), self.record]
             write_records(self.records, {str(run["settings"]): run for run in runs}.values())
+        wait()  # else another process could read an earlier checkpoint
         return self.record
 
 

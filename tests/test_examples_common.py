@@ -99,6 +99,9 @@ def test_a_share_a_limit_and_a_dev_split_take_the_first_images_of_each_class(tmp
     whole = cifar100_vgg.load(settings(data_dir=folder, classes=4))
     assert (whole.classes, len(whole.train.labels), len(whole.test.labels)) == (4, 160, 40)
     assert torch.bincount(whole.share(0.07).train.labels).tolist() == [3] * 4
+    # 0.254 · 500 is 127, but more in float32; 0.07 · 100 is more than 7 in float64 too.
+    for per_class, share, kept in ((500, 0.254, 127), (100, 0.07, 7)):
+        assert len(random_data(per_class=per_class).share(share).train.labels) == 3 * kept
     dev = cifar100_vgg.load(settings(data_dir=folder, split="dev"))
     assert (len(dev.train.labels), len(dev.test.labels)) == (360, 40)
     few = cifar100_vgg.load(settings(data_dir=folder, limit_per_class=2))
