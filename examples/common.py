@@ -56,29 +56,24 @@ TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
 TINY_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"  # of other libraries' loaders: none is stated
 CACHE = Path(pooch.os_cache("graph-kd"))  # folder of downloads and decoded images
 
-RULES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {  # for flags of all scripts
-    "≥ 0": (lambda value: value >= 0, ("teacher_epochs", "first_epochs")),
-    "≥ 1": (
-        lambda value: value >= 1,
-        ("epochs", "limit_per_class", "num_heads", "threads", "repeats", "steps", "head_steps",
-         "train_steps", "seeds"),
-    ),
+RULES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {  # other flags are positive
+    "≥ 0": (lambda value: value >= 0, ("teacher_epochs", "first_epochs", "plain_up_to")),
     "≥ 2": (lambda value: value >= 2, ("batch_size", "classes")),
-    "> 0 and finite": (lambda value: 0 < value < math.inf, ("bound", "learning_rate")),
     "> 0 and ≤ 1": (lambda value: 0 < value <= 1, ("student_width", "student_share")),
     "> 0 and ≤ 4": (lambda value: 0 < value <= 4, ("width",)),
     "≥ 0 and ≤ 1": (lambda value: 0 <= value <= 1, ("soft_share",)),
-    "≥ 0 and < 2**63": (lambda value: 0 <= value < 2**63, ("seed", "teacher_seed")),
-}  # fmt: skip
+    "≥ 1 and ≤ 77": (lambda value: 1 <= value <= 77, ("labels",)),
+    "≥ 0 and < 2**63": (lambda value: 0 <= value < 2**63, ("seed", "teacher_seed", "first_seed")),
+}
+RULE_OF = {name: (rule, holds) for rule, (holds, names) in RULES.items() for name in names}
 
 
 def check(settings: Any) -> None:
-    """Refuse settings that are out of range, by the name of their flag."""
-    for rule, (holds, names) in RULES.items():
-        for name in names:
-            value = vars(settings).get(name)
-            if isinstance(value, int | float) and not holds(value):
-                raise ValueError(f"`--{name.replace('_', '-')}` must be {rule}; got {value}.")
+    """Refuse numbers that are out of range, by the name of their flag."""
+    for name, value in vars(settings).items():
+        rule, holds = RULE_OF.get(name, ("> 0 and finite", lambda number: 0 < number < math.inf))
+        if type(value) in (int, float) and not holds(value):
+            raise ValueError(f"`--{name.replace('_', '-')}` must be {rule}; got {value}.")
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,7 @@ class Config:
     threads: int = 1  # CPU threads; they change rounding, and with it single runs
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"`--{name.replace('_', '-')}` must be > 0; got {value}.")
-        if self.labels > 77:
-            raise ValueError(f"`--labels` must be ≤ 77; got {self.labels}.")
+        common.check(self)
 
 
 class VGG(nn.Module):

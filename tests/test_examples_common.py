@@ -255,7 +255,7 @@ def test_a_download_that_fails_gives_its_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
-        (settings, {"epochs": 0}, "`--epochs` must be ≥ 1; got 0"),
+        (settings, {"epochs": 0}, "`--epochs` must be > 0 and finite; got 0"),
         (settings, {"teacher_epochs": -1}, "`--teacher-epochs` must be ≥ 0; got -1"),
         (settings, {"first_epochs": -1}, "`--first-epochs` must be ≥ 0; got -1"),
         (settings, {"batch_size": 1}, "`--batch-size` must be ≥ 2; got 1"),
@@ -264,15 +264,15 @@ def test_a_download_that_fails_gives_its_reason(monkeypatch):
         (settings, {"width": 5.0}, "`--width` must be > 0 and ≤ 4; got 5"),
         (settings, {"student_share": 1.5}, "`--student-share` must be > 0 and ≤ 1; got 1.5"),
         (settings, {"soft_share": float("nan")}, "`--soft-share` must be ≥ 0 and ≤ 1; got nan"),
-        (settings, {"num_heads": 0}, "`--num-heads` must be ≥ 1; got 0"),
+        (settings, {"num_heads": 0}, "`--num-heads` must be > 0 and finite; got 0"),
         (settings, {"seed": -1}, r"`--seed` must be ≥ 0 and < 2\*\*63; got -1"),
         (tables, {"teacher_seed": -1}, r"`--teacher-seed` must be ≥ 0 and < 2\*\*63; got -1"),
         (tables, {"rows": ("VGG16",)}, r"`--rows` must be some of \['VGG', 'WRN'\]; got 'VGG16'"),
         (first_batch, {"batch_size": 61}, r"`--batch-size` must be ≤ 60, .*; got 61\. Take"),
         (random_data, {"classes": 4}, "`--classes` must be ≤ 3; got 4"),
         (random_data, {"split": "dev", "per_class": 9}, "`--split dev` must have ten .* got fewer"),
-        (quickstart.Config, {"labels": 78}, "`--labels` must be ≤ 77; got 78"),
-        (quickstart.Config, {"seeds": 0}, "`--seeds` must be > 0; got 0"),
+        (quickstart.Config, {"labels": 78}, "`--labels` must be ≥ 1 and ≤ 77; got 78"),
+        (quickstart.Config, {"seeds": 0}, "`--seeds` must be > 0 and finite; got 0"),
     ],
 )
 def test_what_is_out_of_range_is_refused(make, change, message):

@@ -240,7 +240,7 @@ def test_a_file_of_other_records_is_refused_before_a_network_trains(small, text,
     ("script", "flag", "message"),
     [
         (cifar100_vgg, "--data-dir=none", "a.py: `--data-dir` must be or contain"),
-        (cifar100_vgg, "--epochs=0", "must be ≥ 1; got 0"),
+        (cifar100_vgg, "--epochs=0", "must be > 0 and finite; got 0"),
         (cifar100_vgg, "--student-width=0.5", "must be 1 for the method mhgd,"),
         (reproduce, "--student-width=0.5", "must be 1 for the method mhgd,"),
         (cifar100_vgg, "--epoch=1", "Unrecognized"),
