@@ -200,7 +200,7 @@ def heads_of(
 
 def run(config: Config) -> None:
     """Train every row for every seed that has no record yet, and print the table."""
-    records = common.read_records(config.out, ["row"])
+    records = common.read_records(config.out, ["row", "seed", "accuracy"])
     settings = quickstart.Config(
         split=config.split,
         teacher_steps=config.steps,
@@ -222,6 +222,8 @@ def run(config: Config) -> None:
         records.append(record | {"versions": common.versions("cpu")})
         records.sort(key=lambda record: list(ROWS).index(record["row"]))
         common.write_records(config.out, records)
+    if not records:
+        raise ValueError(f"`--out` must hold records to print; {config.out} has none.")
     draw(records, config.out.with_suffix(".png"))
     print(table(records))
 

@@ -149,6 +149,8 @@ def test_the_quickstart_gives_the_same_again(tmp_path, capsys):
 def test_a_form_of_own_heads_that_has_a_record_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(own_heads, "ROWS", dict([*own_heads.ROWS.items()][::8]))
     config = own_heads.Config(out=tmp_path / "own.jsonl", seeds=1, steps=2, head_steps=2)
+    with pytest.raises(ValueError, match=r"must hold records to print; .*own\.jsonl has none"):
+        own_heads.run(replace(config, render=True))
     own_heads.run(config)
     first = common.read_records(config.out, [])
     assert [record["row"] for record in first] == list(own_heads.ROWS)
