@@ -136,8 +136,9 @@ def forget_accelerate():
 
 
 def in_two_processes(work, folder):
-    """Have each of two processes, which a framework may join, call ``work(rank, folder)``."""
+    """Return what ``work(rank, folder)`` gives in each of two processes, which may form a group."""
     mp.spawn(_join, args=(free_port(), work, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def _join(rank, port, work, folder):
@@ -145,7 +146,7 @@ def _join(rank, port, work, folder):
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    work(rank, folder)
+    torch.save(work(rank, folder), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
