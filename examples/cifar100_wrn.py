@@ -26,6 +26,7 @@ from torch.optim import SGD
 
 from graph_kd import FeatureHooks, GatedGradClip, GraphTransferLoss
 
+TEACHER, STUDENT = "WRN-22-4", "WRN-10-4"
 SENSING_POINTS = ("stages.0", "stages.1", "stages.2")  # of both networks
 Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
@@ -58,14 +59,10 @@ def load(settings: Settings) -> Data:
     return common.load(settings, common.read_cifar100)
 
 
-def networks(data: Data, settings: Settings) -> tuple[Network, Network]:
-    """Return new teacher and student; the seed decides their weights."""
+def new_network(name: str, width: float, data: Data, settings: Settings) -> Network:
+    """Return a new network; the seed decides its weights."""
     torch.manual_seed(settings.seed)
-    teacher = build("WRN-22-4", data.classes, settings.width, image_size=32)
-    torch.manual_seed(settings.seed)
-    width = settings.width * settings.student_width
-    student = build("WRN-10-4", data.classes, width, image_size=32)
-    return common.place(teacher, settings), common.place(student, settings)
+    return common.place(build(name, data.classes, width, image_size=32), settings)
 
 
 def gated_sgd(params: Iterable[Parameter], settings: Settings, bound: float = 1.0) -> GatedGradClip:
@@ -191,11 +188,11 @@ def train_student(
 def main(settings: Settings) -> None:
     """Train the teacher and every student, print their accuracies and draw them over epochs."""
     data = load(settings)
-    teacher, _ = networks(data, settings)
+    teacher = new_network(TEACHER, settings.width, data, settings)
     records = [train_alone("teacher", teacher, data, settings)]
     student_data = data.share(settings.student_share)
     for method in dict.fromkeys(settings.method):
-        _, student = networks(data, settings)
+        student = new_network(STUDENT, settings.width * settings.student_width, data, settings)
         if method == "student":
             records.append(train_alone("student", student, student_data, settings))
         else:

@@ -28,7 +28,6 @@ import common
 import torch
 from baselines import RECIPES
 from common import Data, DivergedError
-from networks import Network, build
 from tables import ROWS, TITLES, Table, markdown, picture
 from train_baseline import Distillation
 from tyro.conf import Fixed, Suppress
@@ -89,13 +88,6 @@ def loaded(script: str, settings: Settings) -> Data:
     return data
 
 
-def new_network(name: str, width: float, data: Data, settings: Settings) -> Network:
-    """Return a new network, on its device."""
-    torch.manual_seed(settings.seed)
-    image_size = data.train.images.shape[-1]
-    return common.place(build(name, data.classes, width, image_size), settings)
-
-
 def train_cell(row: dict[str, str], method: str, settings: Settings) -> None:
     """Train a cell, and before it what it needs, where that is not done."""
     script = import_module(row["script"])
@@ -103,13 +95,13 @@ def train_cell(row: dict[str, str], method: str, settings: Settings) -> None:
     alone = replace(settings, teacher_seed=None)
     seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     of_teacher = replace(alone, seed=seed)
-    teacher = new_network(row["of_teacher"], settings.width, data, of_teacher)
+    teacher = script.new_network(row["of_teacher"], settings.width, data, of_teacher)
     if method not in ("student", "dml"):  # DML trains a teacher of its own
         script.train_alone("teacher", teacher, data, of_teacher)
     if method == "teacher":
         return
     width = settings.width * settings.student_width
-    student = new_network(row["of_student"], width, data, settings)
+    student = script.new_network(row["of_student"], width, data, settings)
     student_data = data.share(settings.student_share)
     if method == "student":
         script.train_alone("student", student, student_data, alone)

@@ -48,7 +48,7 @@ def test_the_scripts_differ_in_data_networks_and_sensing_points_alone():
     for other in others:
         lines = difflib.ndiff(first, other)
         changed = [line for line in lines if line[0] in "+-"]
-        expected = ("SENSING_POINTS = ", "data_name: ", "common.read_", "= build(")
+        expected = ("TEACHER, ", "SENSING_POINTS = ", "data_name: ", "common.read_", "place(build(")
         assert changed
         assert all(any(part in line for part in expected) for line in changed), changed
 
@@ -66,7 +66,8 @@ def test_every_script_shows_a_pair_of_the_tables_and_trains_it(script, small, mo
     settings = records(shown.out)["mhgd-scaled"]["settings"]
     assert (script.__name__, settings["teacher"], settings["student"]) in of_tables
     assert settings["data"] == ("CIFAR-100" if "cifar" in script.__name__ else "Tiny ImageNet")
-    for network in script.networks(script.load(shown), shown):
+    for name in (script.TEACHER, script.STUDENT):
+        network = script.new_network(name, shown.width, script.load(shown), shown)
         assert network.sensing_points == script.SENSING_POINTS
 
 
