@@ -67,14 +67,16 @@ SETTINGS = [
       for v in (0, 0.0, -0.0, -1, math.inf, -math.inf, math.nan)],
     *[(partial(gated, bound=v), TypeError, rf"`bound` .* number; got .* \({type(v).__name__}\)\.$")
       for v in (True, "1", None, 1j, torch.tensor(1.0))],
-    (partial(loss, capturable=1), TypeError, r"`capturable` must be True or False; got 1\."),
+    *[(partial(make, capturable=1), TypeError, r"`capturable` must be True or False; got 1\.")
+      for make in (loss, gated)],
     (partial(heads, drop_heads="no"), TypeError, r"`drop_heads` must be True or False; got 'no'"),
     *[(partial(gated, gate=v), ValueError, rf"`gate` .* 'sigmoid' or a callable; got {v!r}\.$")
       for v in ("Norm", "", None, 0, 1.5)],
     (partial(gated, scope=abs), ValueError, r"^`scope` must be one of 'parameter', 'global'; got"),
     (partial(loss, squash="sqrt"), ValueError, r"`squash` .* None, 'scaled', 'tanh' or a callable"),
     (partial(loss, reduction="mean"), ValueError, r"`reduction` must be one of .*; got 'mean'"),
-    (partial(loss, process_group=1), TypeError, r"`process_group` must be a torch.distr.*; got 1"),
+    *[(partial(make, process_group=1), TypeError, "`process_group` must be a torch.distr.*; got 1")
+      for make in (loss, gated)],
     # Channels and their axis.
     (partial(GraphTransferLoss, None), ValueError, r"`channels` must list .* got None"),
     (partial(GraphTransferLoss, 64), ValueError, r"`channels` must list .* got 64"),

@@ -628,10 +628,7 @@ REFUSED = [
     *[(partial(GatedGradClip, o), TypeError, "`optimizer` must be .*Optimizer; got .* Build one")
       for o in (None, [], SGD)],
     (lambda: GatedGradClip(wrapped(1)[-1]), TypeError, "`optimizer` must be a plain .* GatedGr"),
-    # More of these in `test_checks.py`.
-    (partial(wrapped, 1, bound=0), ValueError, "`bound` must be a finite number > 0; got 0"),
-    (partial(wrapped, 1, capturable=1), TypeError, "`capturable` must be True or False; got 1"),
-    (partial(wrapped, 1, process_group="world"), TypeError, "`process_group` must be .*'world'"),
+    # Those of the constructor's settings are in `test_checks.py`.
     (partial(use, "gate", "tanh"), ValueError, "`gate` must be one of .* a callable; got 'tanh'"),
     *[(partial(use, "scope", s), ValueError, "`scope` must be one of 'parameter', 'global'; got ")
       for s in ("globl", max)],
