@@ -64,7 +64,8 @@ def train(student, teacher, transfer, points, *, epochs=1, autocast=contextlib.n
     teacher.eval().requires_grad_(False)
     student_hooks, teacher_hooks = FeatureHooks(student, points), FeatureHooks(teacher, points)
     trained = [*student.parameters(), *transfer.student_heads.parameters()]
-    optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.1, momentum=0.9))
+    bound = 3.0 if transfer.student_heads else 1.0  # as the README says
+    optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.1, momentum=0.9), bound=bound)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
     for _ in range(epochs):
         for index, (images, labels) in enumerate(loader()):

@@ -29,7 +29,7 @@ def run(folder, epochs, *, batch=plain_loop.BATCH, split=False, precision="no"):
 
 
 def plain(epochs, **settings):
-    transfer = GraphTransferLoss(recipe.TEACHER, student_channels=recipe.STUDENT)
+    transfer = GraphTransferLoss(recipe.TEACHER, student_channels=recipe.STUDENT, squash="scaled")
     widths = recipe.STUDENT, recipe.TEACHER
     return plain_loop.trained(recipe, *widths, transfer, epochs=epochs, **settings)
 

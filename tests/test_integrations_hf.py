@@ -70,7 +70,7 @@ def plain(name):
     """Train in pure PyTorch; return the student's and the heads' state_dicts."""
     layers = MODELS[name][2]
     student, teacher = pair(name)
-    transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3)
+    transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3, squash="scaled")
     train_heads(transfer, teacher, name)
     student_hooks, teacher_hooks = FeatureHooks(student, layers), FeatureHooks(teacher, layers)
     groups = [
@@ -78,7 +78,7 @@ def plain(name):
         {"params": [p for p in student.parameters() if p.ndim == 1]},  # biases and norms
         {"params": [*transfer.student_heads.parameters()], "weight_decay": DECAY},
     ]
-    optimizer = GatedGradClip(torch.optim.SGD(groups, lr=0.1))
+    optimizer = GatedGradClip(torch.optim.SGD(groups, lr=0.1), bound=3.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * step / STEPS)) / 2
     )
@@ -159,7 +159,7 @@ def test_heads_are_trained_on_the_teacher_alone(tmp_path):
 def test_more_padding_changes_nothing():
     student, teacher = pair("bert")
     student_hooks, teacher_hooks = (FeatureHooks(m, MODELS["bert"][2]) for m in (student, teacher))
-    transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3)
+    transfer = GraphTransferLoss([12] * 3, student_channels=[8] * 3, squash="scaled")
     losses = []
     batch = next(iter(batches("bert")))
     for extra in (0, 5):

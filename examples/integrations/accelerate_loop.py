@@ -43,12 +43,14 @@ def train(
     teacher.to(accelerator.device).eval().requires_grad_(False)
     student_hooks, teacher_hooks = FeatureHooks(student, POINTS), FeatureHooks(teacher, POINTS)
     group = dist.group.WORLD  # None in a single process
-    transfer = GraphTransferLoss(TEACHER, student_channels=STUDENT, process_group=group)
-    transfer.to(accelerator.device)
+    transfer = GraphTransferLoss(
+        TEACHER, student_channels=STUDENT, squash="scaled", process_group=group
+    ).to(accelerator.device)
 
     own_heads = transfer.student_heads.parameters()  # trained together with the student
     inner = torch.optim.SGD([*student.parameters(), *own_heads], lr=0.1, momentum=0.9)
-    gated = GatedGradClip(inner, process_group=group)  # `backward` is called on this handle
+    # `backward` is called on this handle.
+    gated = GatedGradClip(inner, bound=3.0, process_group=group)
     schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(gated, T_max=100)
     # Wrap before `prepare`: `save_state` then saves the wrapper, not the inner optimizer alone.
     student, optimizer, loader, schedule = accelerator.prepare(student, gated, loader, schedule)

@@ -39,6 +39,7 @@ class DistillationTrainer(Trainer):
         self.transfer = GraphTransferLoss(
             [teacher.config.hidden_size] * len(layers),
             student_channels=[model.config.hidden_size] * len(layers),
+            squash="scaled",
             process_group=dist.group.WORLD,  # None in a single process
         ).to(self.args.device)
         self.add_callback(HeadsCallback(self.transfer))
@@ -49,7 +50,7 @@ class DistillationTrainer(Trainer):
             own_heads = list(self.transfer.student_heads.parameters())
             # Without its own value the group would have AdamW's weight decay, not the Trainer's.
             inner.add_param_group({"params": own_heads, "weight_decay": self.args.weight_decay})
-            self.optimizer = GatedGradClip(inner, process_group=dist.group.WORLD)
+            self.optimizer = GatedGradClip(inner, bound=3.0, process_group=dist.group.WORLD)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -59,7 +59,7 @@ def train(
         heads.step()
 
     trained = [*student.parameters(), *transfer.student_heads.parameters()]
-    optimizer = GatedGradClip(torch.optim.AdamW(trained, lr=1e-3))
+    optimizer = GatedGradClip(torch.optim.AdamW(trained, lr=1e-3), bound=3.0)
     for images, labels in batches:
         logits, features = of_student(images)
         with torch.no_grad():
@@ -75,7 +75,7 @@ def convnext_to_resnet(batches: Any) -> None:
     """Maps ``b c h w`` after the last three stages of each, by `forward_intermediates`."""
     teacher = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 24)).eval()
     student = timm.create_model("resnet10t", channels=(8, 8, 8, 8), num_classes=4)
-    transfer = GraphTransferLoss([12, 16, 24], student_channels=[8, 8, 8])
+    transfer = GraphTransferLoss([12, 16, 24], student_channels=[8, 8, 8], squash="scaled")
     of_student, of_teacher = intermediates(student, [2, 3, 4]), intermediates(teacher, [1, 2, 3])
     train(student, of_student, of_teacher, transfer, batches)
 
@@ -86,7 +86,9 @@ def swin_to_swin(batches: Any) -> None:
     name, layers = "swin_tiny_patch4_window7_224", ["layers.0", "layers.1", "layers.2"]
     teacher = timm.create_model(name, embed_dim=12, **shape).eval()
     student = timm.create_model(name, embed_dim=8, **shape)
-    transfer = GraphTransferLoss([12, 24, 48], student_channels=[8, 16, 32], channel_dim=-1)
+    transfer = GraphTransferLoss(
+        [12, 24, 48], student_channels=[8, 16, 32], channel_dim=-1, squash="scaled"
+    )
     train(student, hooked(student, layers), hooked(teacher, layers), transfer, batches)
 
 
@@ -97,7 +99,7 @@ def vit_to_vit(batches: Any) -> None:
     student = timm.create_model(name, embed_dim=8, depth=3, **shape)
     of_teacher = hooked(teacher, ["blocks.1", "blocks.3", "blocks.5"])
     of_student = hooked(student, ["blocks.0", "blocks.1", "blocks.2"])
-    transfer = GraphTransferLoss([12, 12, 12], student_channels=[8, 8, 8])
+    transfer = GraphTransferLoss([12, 12, 12], student_channels=[8, 8, 8], squash="scaled")
     train(student, of_student, of_teacher, transfer, batches)
 
 

@@ -42,7 +42,8 @@ def train(
         heads.step()
 
     trained = [*student.parameters(), *transfer.student_heads.parameters()]
-    optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.01, momentum=0.9))
+    bound = 3.0 if transfer.student_heads else 1.0
+    optimizer = GatedGradClip(torch.optim.SGD(trained, lr=0.01, momentum=0.9), bound=bound)
     for images, labels in batches:
         features, target = of_student(images), of_teacher(images)
         logits, _ = features.pop("logits"), target.pop("logits")
@@ -60,7 +61,8 @@ def main() -> None:
     transfer = GraphTransferLoss([64, 128, 512])
     train(resnet18(num_classes=10), RESNET, teacher, transfer, batches)
     # Other channels: the student has attention heads of its own.
-    transfer = GraphTransferLoss([64, 128, 512], student_channels=[16, 40, 96])
+    channels = [16, 40, 96]
+    transfer = GraphTransferLoss([64, 128, 512], student_channels=channels, squash="scaled")
     train(mobilenet_v3_small(num_classes=10), MOBILENET, teacher, transfer, batches)
 
 
