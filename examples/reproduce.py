@@ -48,7 +48,7 @@ class Settings(cifar100_vgg.Settings):
     data_name: str | None = None  # what records call the data, if it is not the table's
     table: tuple[Table, ...] = ("cifar100",)  # tables to run
     rows: tuple[str, ...] = ()  # only these rows, by their titles; else all
-    methods: tuple[Method, ...] = ()  # only these methods; else the table's and each form of MHGD
+    methods: tuple[Method, ...] = ()  # only these; else the table's and forms with shared heads
     seeds: tuple[int, ...] = (0, 1, 2)  # a cell each
     teacher_seed: int | None = None  # one teacher, with its heads, for all seeds; None: one each
     render: tuple[Path, ...] = ()  # print and draw these files of records, and train nothing

@@ -15,8 +15,12 @@ import tables
 import torch
 import torch.nn.functional as F
 from cifar_files import files, write_folder
+from networks import build
 from readme import README, blocks, setup_commands
 from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from graph_kd import GraphTransferLoss
 
 ROOT = README.parent
 TEXT = README.read_text(encoding="utf-8")
@@ -200,8 +204,18 @@ def test_the_readme_states_what_else_was_measured():
         3 * heads["seconds"]["heads"] / sum(record["seconds"]["student"] for record in seeds)
         for heads, seeds in zip(phase_1, alone, strict=True)
     ]
+    first = {
+        share: values("100", "first_epochs", "ab", student_share=share).unique().tolist()
+        for share in (0.1, 0.25)
+    }
+    student = build("VGG7", 100, 1.0, image_size=32)
+    heads = GraphTransferLoss(student.channels, student_channels=student.channels).student_heads
+    sizes = [len(parameters_to_vector(net.parameters())) for net in (heads, student)]
+    assert sizes[0] > sizes[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
+        f"AB has {first[0.1][0]} epochs more (with 125 images {first[0.25][0]}, with ten classes "
+        f"{ROWS['10 classes, 50 each'][1]['first_epochs']})",
         "gave as much as in the table: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)

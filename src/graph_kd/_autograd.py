@@ -39,7 +39,7 @@ def check_plain_parameter(name: str, param: Tensor) -> None:
     if is_dtensor or hasattr(param, "_is_flat_param") or hasattr(param, "_fsdp_flattened"):
         kind = type(param).__name__ if is_dtensor else "flattened parameter (FSDP1)"
         raise TypeError(
-            f"`optimizer` must hold plain parameters; {name} is a {kind} of shape "
+            f"`optimizer` and losses must hold plain parameters; {name} is a {kind} of shape "
             f"{tuple(param.shape)}. Sharded models (FSDP1, FSDP2, tensor parallelism) reduce "
             "gradients inside `.backward()`, of which there is one a step, and two gradients are "
             "needed here: use DDP under `no_sync()` with a process group."

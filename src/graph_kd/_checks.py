@@ -63,7 +63,7 @@ def check_dense(name: str, value: Tensor) -> None:
         convert = "to_padded_tensor(0.0)" if nested else "to_dense()"
         raise TypeError(
             f"`{name}` must be a dense tensor; got a {'nested' if nested else 'sparse'} one. "
-            f"Convert it, in FeatureHooks by `select=lambda output: output.{convert}`."
+            f"Convert it, with hooks by `select=lambda output: output.{convert}`."
             + " nn.TransformerEncoder(enable_nested_tensor=False) gives dense ones."
             * nested
         )

@@ -74,9 +74,10 @@ class GatedGradClip(OptimizerShell):
     compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
     earlier run with donated buffers makes the second gradient wrong without an error.
 
-    Under `torch.compile`, or with ``loss + 0 * sum(...)`` for DDP, parameters that the task does
-    not reach get a task gradient of zero. Leave layers that only the transfer loss reaches out of
-    the compiled student, or take ``scope="global"``; else their gate is 0 and they do not learn.
+    Some set-ups give a parameter that the task does not reach a task gradient of zero:
+    `torch.compile`, and ``loss + 0 * sum(...)`` for DDP. Its gate is 0 then, and it does not learn.
+    Leave layers that only the transfer loss reaches out of the compiled student, or take
+    ``scope="global"``.
 
     `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
     gradients are held until `zero_grad`. Zeroing ``p.grad.data`` instead does not clear them.
@@ -111,12 +112,12 @@ class GatedGradClip(OptimizerShell):
         gates: The factors last applied, one per parameter that the transfer loss reaches: first
             those of the param groups, then other tensors. A single one for ``scope="global"``, none
             without a transfer loss, zeros in a skipped step. Reading them syncs.
-        skipped: Number of steps whose transfer gradient was dropped: it, its norm or its factor was
-            not finite; capturable: a scalar tensor.
+        skipped: Number of steps whose transfer gradient was dropped: the gradient, its norm or the
+            gate's factor was not finite; capturable: a scalar tensor.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer, ``bound`` is no number, a loss is no tensor,
-            or a sharded parameter (FSDP1, FSDP2) is held or reached by a loss.
+        TypeError: ``optimizer`` is no plain torch optimizer, another setting has a wrong type, a
+            loss is no tensor, or a sharded parameter (FSDP1, FSDP2) is held or reached by a loss.
         ValueError: an unknown gate or scope, a bound that is not positive, an optimizer without a
             parameter to train, a loss that is no scalar, reaches no parameter or gives a sparse
             gradient, or a callable gate that returns no single number.

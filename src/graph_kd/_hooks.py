@@ -93,10 +93,10 @@ class FeatureHooks:
     def features(self) -> list[Tensor]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`. If they are read again for a second training step without
-        a new forward pass, the loss raises. A list that is kept in a variable may be used again.
-        If a copy of the model ran before each of two reads, the second one raises: the hooks are
-        likely on another model than the one that trains.
+        They stay readable after `remove`. If one network's are read again for a second training
+        step without a new forward pass, `GraphTransferLoss.forward` raises. A list that is kept in
+        a variable may be used again. If only copies of the model run between two reads, the second
+        one raises: place the hooks on the model that trains.
         """
         if not hasattr(self, "_outputs"):
             raise RuntimeError(

@@ -51,8 +51,9 @@ class SVDFeature(nn.Module):
         - returns: ``b k c``, unit rows; float64 for float64, float32 for anything else
 
     Raises:
-        TypeError: ``features`` is no floating-point tensor.
-        ValueError: its rank does not fit, it holds NaN or infinity, or ``k`` is too large for it.
+        TypeError: ``k`` or ``channel_dim`` is no integer, or ``features`` no floating-point tensor.
+        ValueError: a setting is out of range; or the rank of ``features`` does not fit, it holds
+            NaN or infinity, or ``k`` is too large for it.
 
     Example:
         >>> import torch

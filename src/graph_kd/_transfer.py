@@ -67,11 +67,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     alignment ignores them, and where a sample has no others the heads get zeros. `SVDFeature`,
     `align_singular_vectors` and `MultiHeadGraphEstimator` name their own differences.
 
-    Gradient: `forward` reaches the student's features and `student_heads`. There the teacher's
-    heads act as in evaluation mode, whatever `train` says: no gradient to them or the teacher, no
-    running statistic moves. `student_heads` use the statistics of the batch in training mode and
+    Gradient: `forward` reaches the student's features and `student_heads`. The teacher's heads are
+    frozen there, whatever `train` says: no gradient to them or the teacher, no running statistic
+    moves. `student_heads` use the statistics of the batch in training mode and
     the running ones in evaluation mode. `estimator_loss` reaches the teacher's heads alone.
-    Everything is computed in the heads' dtype, float32 at least, under autocast too; call
+    Graphs are computed in the heads' dtype, float32 at least, under autocast too; call
     `backward` outside of it, as torch advises.
 
     Args:
@@ -125,15 +125,16 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
-    Features from `FeatureHooks` must come from a new forward pass in each training step. One
+    Features from `FeatureHooks` must come from a new forward pass in each training step. `forward`
+    raises an error if one network ran and the other did not; `estimator_loss` does not check. One
     warning is given if the batch norms of a hooked teacher are in training mode.
 
     Raises:
         RuntimeError: features of an earlier step were read from hooks again.
-        TypeError: features are no list or mapping of floating-point tensors, or of a precision
-            higher than the heads'.
-        ValueError: a setting is wrong; or the count, keys, channels, batch or device of features
-            does not fit, or they are not finite: then the message names the point.
+        TypeError: a setting has a wrong type; or features are no list or mapping of floating-point
+            tensors, or of a precision higher than the heads'.
+        ValueError: a setting has a wrong value; or the count, keys, channels, batch or device of
+            features does not fit, or they are not finite: the message names the point by its place.
 
     Example:
         >>> import torch
