@@ -109,12 +109,14 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             for the device. No GPU has run it yet. Singular vectors are computed in float32 by a
             fixed number of rounds (two filters of degree 10), which takes some 1,400 kernel
             launches more a step. Where that is not enough, as for two singular values within 0.05
-            %, vectors are approximate and their gradient is bounded. A vector that may be off by
-            more than 0.01 radian, as for a singular value below 4 % of the largest, is treated as
-            one of value zero. The attribute `doubtful` counts the samples of both kinds, on the
-            device. Float64 maps are refused. NaN, overflow and inputs that do not match across
-            processes raise no error. The first call makes constants: run one step before a
-            capture, and before ``torch.compile(mode="reduce-overhead")``.
+            %, or whose squares differ by 3e-5 of the largest, vectors are approximate and their
+            gradient is bounded. A vector that may be off by more than 0.01 radian, as for a
+            singular value below 4 % of the largest, is treated as one of value zero. So are the
+            vectors of maps whose entries are far below 1e-6 or above 1e6. The attribute `doubtful`
+            counts all these samples, on the device. Float64 maps are refused. NaN, overflow and
+            inputs that do not match across processes raise no error. The first call makes
+            constants: run one step before a capture, and before
+            ``torch.compile(mode="reduce-overhead")``.
 
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
