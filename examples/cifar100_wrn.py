@@ -139,7 +139,7 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss.
     """
-    # Where no flag sets it, the bound is 1, with own heads 3, and with soft logits besides 10.
+    # Default bounds: shared heads 1, own heads 3, own heads with soft logits 10.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(

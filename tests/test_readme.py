@@ -214,7 +214,7 @@ def test_the_readme_states_what_else_was_measured():
     assert sizes[0] > sizes[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        f"AB has {first[0.1][0]} epochs more (with 125 images {first[0.25][0]}, with ten classes "
+        f"for {first[0.1][0]} epochs, with 125 images for {first[0.25][0]}, with ten classes for "
         f"{ROWS['10 classes, 50 each'][1]['first_epochs']})",
         "gave as much as in the table: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
