@@ -305,6 +305,8 @@ def test_train_and_eval_reach_a_schedule_free_optimizer_and_no_other():
 def test_the_count_of_skipped_steps_is_saved_and_a_plain_state_resets_it(capturable):
     param, optimizer = one_number(capturable=capturable)
     backward(optimizer, param, 1.0, math.inf)
+    optimizer.zero_grad()
+    backward(optimizer, param, 1.0, 4.0)
     counter, state, plain = optimizer.skipped, optimizer.state_dict(), SGD([param], lr=1.0)
     optimizer.load_state_dict(plain.state_dict())
     assert int(optimizer.skipped) == 0
@@ -316,6 +318,10 @@ def test_the_count_of_skipped_steps_is_saved_and_a_plain_state_resets_it(captura
     _, other = one_number(capturable=not capturable)
     other.load_state_dict(state)
     assert (int(other.skipped), type(other.skipped) is int) == (1, capturable)
+    assert other.gates == optimizer.gates == [0.25]
+    factors = optimizer._shared.sums.factors  # a captured step writes there
+    optimizer.load_state_dict(state | {"gates": torch.ones(1)})
+    assert (optimizer.gates, factors.item(), state["gates"].item()) == ([1.0], 1.0, 0.25)
     plain.load_state_dict(state)  # the plain one leaves the rest alone
 
 

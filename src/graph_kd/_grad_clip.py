@@ -52,19 +52,19 @@ class GatedGradClip(OptimizerShell):
     task (a small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
-    that step uses the task's alone, and `skipped` counts it. `state_dict` has the count whenever it
-    is not 0. Under `GradScaler` scale both losses: the built-in gates stay the same, a callable
-    sees scaled norms. Scaling one loss changes every gate. In float16 the transfer gradient can
-    overflow where the task's does not, and `GradScaler` does not see that. So `backward`
-    multiplies the transfer loss by a factor, and divides its gradient again. A step with an
-    overflow halves the factor, 2000 steps without one double it, up to 1. The first steps of a
+    that step uses the task's alone, and `skipped` counts it. `state_dict` has the count, and
+    `gates`, whenever the count is not 0. Under `GradScaler` scale both losses: the built-in gates
+    stay the same, a callable sees scaled norms. Scaling one loss changes every gate. In float16 the
+    transfer gradient can overflow where the task's does not, and `GradScaler` does not see that. So
+    `backward` multiplies the transfer loss by a factor, and divides its gradient again. A step with
+    an overflow halves the factor, 2000 steps without one double it, up to 1. The first steps of a
     float16 run may be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
-    A gradient that is not cleared in 100 steps leads to a warning.
-    Such tensors are looked for in the autograd graph in every `backward`; those hidden in a custom
-    `torch.autograd.Function` are not found.
+    A gradient that is not cleared in 100 steps leads to a warning. Such tensors are looked for in
+    the autograd graph in every `backward`; those hidden in a custom `torch.autograd.Function` are
+    not found.
 
     The wrappers that Lightning, Fabric and accelerate put around this object share its state:
     settings, `gates`, `skipped` and the sums. A copy made by `copy`, `deepcopy` or pickle has

@@ -102,6 +102,13 @@ class GradientSums:
             )
         self.step += not any(param in self.left for param in params)
 
+    def load_factors(self, factors: Tensor) -> None:
+        """Take the factors of a checkpoint."""
+        if self.factors.shape == factors.shape:
+            self.factors.copy_(factors)  # in place: a captured step writes there
+        else:
+            self.factors = factors.clone()
+
     def never_cleared(self) -> list[Tensor]:
         """Return the tensors whose gradient has just outlived `MANY` steps."""
         return [param for param, left in self.left.items() if left.outlived == MANY]

@@ -120,7 +120,8 @@ class OptimizerShell(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state_dict, which both can load.
 
-        After a transfer gradient that was not finite it also has `skipped` and the float16 scale.
+        After a transfer gradient that was not finite it also has `skipped`, the float16 scale and
+        `gates`.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -128,7 +129,7 @@ class OptimizerShell(Optimizer):
         counts = {name: getattr(self._shared, name) + 0 for name in COUNTS}
         # To look at a tensor would sync.
         if isinstance(counts["skipped"], Tensor) or counts["skipped"] or counts["scale_exponent"]:
-            state_dict |= counts
+            state_dict |= counts | {"gates": self._shared.sums.factors.clone()}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -147,6 +148,8 @@ class OptimizerShell(Optimizer):
                 mine.copy_(torch.as_tensor(count))  # in place: a captured step counts there
             else:
                 setattr(self._shared, name, int(count))
+        if "gates" in state_dict:
+            self._shared.sums.load_factors(state_dict["gates"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
