@@ -6,7 +6,7 @@ About a minute, no download. A teacher learns 797 images with their labels. Its 
 labels of 20 of them, and all other images without. Each learns in one of four ways: from the labels
 alone, with soft logits (Hinton et al.), with MHGD, or with MHGD and attention heads of its own; all
 else is the same. Accuracy after the last step on 500 other images, per cent, mean ± sd, n = 3,
-torch 2.13.0, one thread of an AMD EPYC (rounding differs between CPUs and moves means by 2 points):
+torch 2.13.0, one thread of an AMD EPYC (rounding differs between CPUs: means move by 2 points):
 
     teacher 98.5 ± 0.3   alone 75.5 ± 6.1   soft logits 98.0 ± 0.5
     MHGD 92.7 ± 1.9      MHGD, own heads 95.1 ± 1.1

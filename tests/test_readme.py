@@ -204,17 +204,15 @@ def test_the_readme_states_what_else_was_measured():
         3 * heads["seconds"]["heads"] / sum(record["seconds"]["student"] for record in seeds)
         for heads, seeds in zip(phase_1, alone, strict=True)
     ]
-    first = {
-        share: values("100", "first_epochs", "ab", student_share=share).unique().tolist()
-        for share in (0.1, 0.25)
-    }
+    ab = partial(values, "100", "first_epochs", "ab")
+    (tenth_of_ab,), (quarter_of_ab,) = (ab(student_share=share).unique() for share in (0.1, 0.25))
     student = build("VGG7", 100, 1.0, image_size=32)
     heads = GraphTransferLoss(student.channels, student_channels=student.channels).student_heads
     sizes = [len(parameters_to_vector(net.parameters())) for net in (heads, student)]
     assert sizes[0] > sizes[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        f"for {first[0.1][0]} epochs, with 125 images for {first[0.25][0]}, with ten classes for "
+        f"for {tenth_of_ab} epochs, with 125 images for {quarter_of_ab}, with ten classes for "
         f"{ROWS['10 classes, 50 each'][1]['first_epochs']})",
         "gave as much as in the table: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(

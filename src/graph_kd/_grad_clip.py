@@ -308,10 +308,10 @@ class GatedGradClip(OptimizerShell):
 def _warn_of_sums(leaves: list[Tensor]) -> None:
     if leaves:
         warnings.warn(
-            f"The gradients of {len(leaves)} tensors, the first of shape "
-            f"{tuple(leaves[0].shape)}, were not cleared in {MANY} steps: each step adds to them. "
-            "Give the student's own heads to the optimizer, and call `optimizer.zero_grad()` in "
-            "place of `model.zero_grad()`. Set the gradients of other tensors to None yourself.",
+            f"Gradients were not cleared in {MANY} steps, and each step adds to them (number: "
+            f"{len(leaves)}; first shape: {tuple(leaves[0].shape)}). Give the student's own heads "
+            "to the optimizer, and call `optimizer.zero_grad()` in place of `model.zero_grad()`. "
+            "Set the gradients of other tensors to None yourself.",
             stacklevel=3,
         )
 

@@ -96,7 +96,7 @@ def fast_vectors(
             right = right / torch.copysign(rearrange(length, "b k -> b k 1"), along)
             null, values = null[:, :k].clone(), values[:, :k].clone()
             if maps[i].dtype != torch.float32:  # half precision hides larger values
-                null |= are_null(values, maps[i])
+                null |= are_null(values.double(), maps[i])
             # Operators return no views, and rows of the layout that compiled graphs expect.
             own = (null, values, grams[i], doubtful.clone())
             results[i] = (right.contiguous(), *own)
