@@ -8,8 +8,8 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
-README's first row has such runs on Tiny ImageNet, of 60 epochs, with networks of a quarter of the
-width; its best method is `--method mhgd-own-heads-soft-logits`. The second command uses all images.
+README's first row has such runs (Tiny ImageNet, 60 epochs, a quarter of the width). The best method
+there was `mhgd-own-heads-soft-logits`: a value of `--method`. The second command uses all images.
 The third is small enough for two CPU cores. The fourth splits every batch over two processes. To
 continue a run, give its command again. After an edit of this file take another ``--out``: networks
 that are trained already are loaded.
@@ -44,7 +44,7 @@ Method = Literal[
     "student", "mhgd", "mhgd-tanh", "mhgd-scaled", "mhgd-own-heads",
     "mhgd-soft-logits", "mhgd-own-heads-soft-logits",
 ]  # fmt: skip
-PAPER = ("mhgd", "mhgd-soft-logits")  # forms that take attention logits as they are
+PAPER = ("mhgd", "mhgd-soft-logits")  # methods with squash=None
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss.
     """
-    # Default bounds: shared heads 1, own heads 3, own heads with soft logits 10.
+    # Bound: 1; own heads 3, with soft logits 10. Share of soft logits: 0.3; own heads 0.8.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
