@@ -212,20 +212,20 @@ def test_the_readme_states_what_else_was_measured():
     assert sizes[0] > sizes[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        f"for {tenth_of_ab} epochs, with 125 images for {quarter_of_ab}, with ten classes for "
-        f"{ROWS['10 classes, 50 each'][1]['first_epochs']})",
+        f"pre-trains the student: {tenth_of_ab} epochs, {quarter_of_ab} with 125 images, "
+        f"{ROWS['10 classes, 50 each'][1]['first_epochs']} with ten classes.",
         "gave as much as in the table: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
-        "100 classes are right for {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
+        "100 classes are right on only {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),
         f"teachers, students with own heads ended {-untrained} points below the student alone",
         "a class it fell to {:.2f} (VGG) and {:.2f} (WRN) in".format(*losses) + f" {steps:,} steps",
         "took {:.1f} × (VGG) and {:.1f} × (WRN) as long as 60 epochs of the".format(*ratios),
-        "teacher {} %, student alone {} %, with soft logits {} %, with own heads {} %.".format(
+        "Teacher {} %, student alone {} %, with soft logits {} %, with own heads {} %.".format(
             *digits
         ),
         f"one was {eight - one:.1f} points worse, 32 were no better",
-        f"with 256 and half the steps the gain was {eight - large:.1f} points smaller",
+        f"with 256, so half the steps, the gain was {eight - large:.1f} points smaller",
     ):
         assert told in " ".join(TEXT.split())
 
