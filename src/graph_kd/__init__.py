@@ -1,6 +1,6 @@
 """Multi-head Graph Distillation (Lee & Song, BMVC 2019) as composable PyTorch loss modules.
 
-The modules read top to bottom as the method does: `SVDFeature` compresses feature maps,
+The modules follow the steps of the method: `SVDFeature` compresses feature maps,
 `MultiHeadGraphEstimator` learns the graphs of the teacher, `GraphTransferLoss` hands them to the
 student, `GatedGradClip` merges the gradient with the task's. `FeatureHooks` reads the features.
 """

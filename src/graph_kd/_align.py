@@ -21,14 +21,14 @@ def align_singular_vectors(
     """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
 
     The sign of a singular vector is arbitrary, and the student's order follows its own singular
-    values. Both are matched to the teacher's here.
+    values. Both are matched to the teacher's here. Several may pick the same one.
 
     Equation: Lee & Song 2019, "align"; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
     V_S = [a_k v_S,i_k].
 
-    Differs from the source: at a cosine of zero, up to rounding, the sign is +1 (the source returns
-    a zero vector), of exactly tied vectors the first is taken (the source adds them), and vectors
-    of singular value zero, marked by ``null``, come last.
+    Differs from the source: a cosine of zero, up to rounding, gives the sign +1 (there: a zero
+    vector). Of exactly tied vectors the first is taken (there: their sum). Vectors of singular
+    value zero, marked by ``null``, are the last choice.
 
     Gradient flows to the student alone; the choice and the sign are constants.
 

@@ -28,9 +28,10 @@ class MultiHeadGraphEstimator(AttentionHeads):
     V̄_B = f2([G_m f1(V_F)]_m) with unit rows, loss = mean_i (1 - V_B,i · V̄_B,i). θ, φ, f1 and f2 are
     the submodules `theta`, `phi`, `f1` and `f2`.
 
-    Differs from the source: the loss is the authors' 1 - cosine, where the poster prints the cosine
-    alone. Their random dropping of heads during training is kept; a single head is never dropped.
-    Weights start from a normal distribution of variance 2 / fan_out, theirs from the truncated one.
+    Differs from the source: the loss is the authors' 1 - cosine, where the paper's poster prints
+    the cosine alone. Their random dropping of heads during training is kept; a single head is never
+    dropped. Weights start from a normal distribution of variance 2 / fan_out, theirs from the
+    truncated one.
 
     Gradient reaches every parameter and both inputs. Autocast has no effect, and parameters in half
     precision are used in float32. Batch norms act as in torch: by the statistics of the batch in
@@ -45,7 +46,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
             head stays if its standard normal draw is above the mean of all heads' draws.
 
     Shape:
-        - front: ``j c_front``, in the parameters' dtype; if that is half precision, float32 too
+        - front: ``j c_front``, in the parameters' dtype, or float32 if that is half precision
         - back: ``i c_back``, likewise
         - returns: ``i c_back``, unit rows
 

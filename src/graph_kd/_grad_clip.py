@@ -26,7 +26,7 @@ __all__ = ["GatedGradClip"]
 
 
 class GatedGradClip(OptimizerShell):
-    """Wrap an optimizer: a gate limits the transfer gradient by the task's.
+    """Wrap an optimizer: a gate limits the transfer gradient relative to the task's.
 
     `backward` takes both losses and leaves the merged gradient in every ``p.grad``; everything
     else (`step`, `zero_grad`, `state_dict`, `param_groups`, schedulers, hooks, `GradScaler`,
@@ -39,25 +39,25 @@ class GatedGradClip(OptimizerShell):
     3. They are added to those of earlier `backward` calls since `zero_grad`. A ``p.grad`` that
        is set or changed otherwise counts as task gradient, so clip after the last `backward`.
     4. A factor is computed from the norms of the two sums, by the gate. A parameter that only the
-       transfer loss reaches (an attention head of the student's own, a connector) has no task
-       gradient; the norm of all task gradients takes its place. If the task loss gives a parameter
-       a gradient of zero, its norm gate is 0.
+       transfer loss reaches (an attention head of the student's own) has no task gradient; the norm
+       of all task gradients takes its place. If the task loss gives a parameter a gradient of zero,
+       its norm gate is 0.
     5. ``p.grad`` = task + factor · transfer.
 
     Equation: Lee & Song 2019, "gated gradient", g_main + gate · g_transfer.
 
     Differs from the source: ``"norm"`` is the gate of the authors' program. They multiply the bound
-    by sigmoid(epochs since transfer began): set `bound` each epoch. ``"sigmoid"`` is the poster's
-    gate as printed; it never falls below 0.731, so with a summed transfer loss it can override the
-    task (a small student on digits fell from 89 % to 31 %).
+    by sigmoid(epoch of the transfer): set `bound` each epoch. ``"sigmoid"`` is the gate that the
+    paper's poster prints; it never falls below 0.731, so with a summed transfer loss it can
+    override the task (a small student on digits fell from 89 % to 31 %).
 
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count, and
     `gates`, whenever the count is not 0. Under `GradScaler` scale both losses: the built-in gates
     stay the same, a callable sees scaled norms. Scaling one loss changes every gate. In float16 the
     transfer gradient can overflow where the task's does not, and `GradScaler` does not see that. So
-    `backward` multiplies the transfer loss by a factor, and divides its gradient again. A step with
-    an overflow halves the factor, 2000 steps without one double it, up to 1. The first steps of a
+    `backward` multiplies the transfer loss by a scale, and divides its gradient again. A step with
+    an overflow halves the scale, 2000 steps without one double it, up to 1. The first steps of a
     float16 run may be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
@@ -74,10 +74,9 @@ class GatedGradClip(OptimizerShell):
     compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
     earlier run with donated buffers makes the second gradient wrong without an error.
 
-    Some set-ups give a parameter that the task does not reach a task gradient of zero:
-    `torch.compile`, and ``loss + 0 * sum(...)`` for DDP. Its gate is 0 then, and it does not learn.
-    Leave layers that only the transfer loss reaches out of the compiled student, or take
-    ``scope="global"``.
+    `torch.compile`, and ``loss + 0 * sum(...)`` for DDP, give a parameter a task gradient of zero
+    where the task does not reach it. Its gate is 0 then, and it does not learn. Leave layers that
+    only the transfer loss reaches out of the compiled student, or take ``scope="global"``.
 
     `backward` syncs once, to look for infinities; if ``capturable`` not at all. Two copies of the
     gradients are held until `zero_grad`. Zeroing ``p.grad.data`` instead does not clear them.
@@ -109,9 +108,10 @@ class GatedGradClip(OptimizerShell):
             Each loss must reach the same parameters in every process; that is not checked.
 
     Attributes:
-        gates: The factors last applied, one per parameter that the transfer loss reaches: first
-            those of the param groups, then other tensors. A single one for ``scope="global"``, none
-            without a transfer loss, zeros in a skipped step. Reading them syncs.
+        gates: List of the factors last applied, one a parameter that the transfer loss reaches:
+            first those of the param groups, then other tensors. A single one for
+            ``scope="global"``, none without a transfer loss, zeros in a skipped step. Reading them
+            syncs.
         skipped: Number of steps whose transfer gradient was dropped: the gradient, its norm or the
             gate's factor was not finite; capturable: a scalar tensor.
 
@@ -181,7 +181,7 @@ class GatedGradClip(OptimizerShell):
         Called again before `zero_grad` it accumulates both gradients and gates the sums. A
         parameter that the transfer loss does not reach keeps its task gradient; one that neither
         reaches keeps None. Without a transfer loss only the task gradient is added (warm-up, a
-        batch of one sample). It frees the graph: add a third loss to the task loss.
+        batch of one sample). The autograd graph is freed: add a third loss to the task loss.
         """
         shared, group = self._shared, self._shared.process_group
         shared.sums.drop_cleared(shared.params)  # by `model.zero_grad()`, say

@@ -23,21 +23,21 @@ class SVDFeature(nn.Module):
 
     Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
 
-    Differs from the source: vectors of the authors' program have an arbitrary sign. Their gradient
-    is doubled if positions ≥ channels, else it points elsewhere. Here both are correct:
+    Differs from the source: vectors of the authors' program have an arbitrary sign. Its gradient
+    is doubled if positions ≥ channels, else its direction is wrong. Here both are correct:
 
     - Sign: the mean over positions has a non-negative inner product with every vector; where that
       product is zero, rounding decides.
-    - Gradient: the derivative of the returned vectors, wherever their singular values are isolated.
-      Dead channels, or repeated singular values among those that are not returned, do no harm. Two
-      values closer than the rounding error of the input count as repeated: no gradient flows along
-      the rotation between their vectors. A vector of singular value zero is an arbitrary unit
-      vector orthogonal to the others; an all-zero map gives such vectors and zero gradient, and so
-      does a map whose largest singular value is below 1e-19 (float64: 1e-154). The gradient can not
-      be differentiated again.
+    - Gradient: the derivative of the returned vectors, wherever their singular values are distinct
+      from all others. Dead channels, or repeated singular values among those that are not returned,
+      do no harm. Two values closer than the rounding error of the input count as repeated: no
+      gradient rotates their vectors into each other. A vector of singular value zero is an
+      arbitrary unit vector orthogonal to the others; an all-zero map gives such vectors and zero
+      gradient, and so does a map whose largest singular value is below 1e-19 (float64: 1e-154). The
+      gradient can not be differentiated again.
     - Precision: float32 and half-precision maps are solved in float32, whatever autocast or TF32
-      allow. If singular values differ by 1 %, 1 - |cos| between a vector and the true one is below
-      1e-6, and the relative error of the gradient below 1e-3. Samples that float32 can
+      allow. If neighbouring singular values differ by 1 %, 1 - |cos| between a vector and the true
+      one is below 1e-6, and the relative error of the gradient below 1e-3. Samples that float32 can
       not resolve are decomposed in float64, as float64 maps are. On a device without float64 the
       CPU does the work.
 

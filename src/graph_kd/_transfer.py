@@ -51,14 +51,14 @@ Matrices = dict[str, Tensor]  # the maps of one network, ``b n c``, by their nam
 class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     """Compare the graphs of a student with those of its teacher, pair by pair of layers.
 
-    A sensing point is a layer whose feature map is read. Points are ordered front to back; each two
-    neighbours are a pair. Train the teacher's attention heads first, with `estimator_loss` on the
-    frozen teacher. Then train the student with `forward`.
+    A sensing point is a layer whose feature map is read. Points are ordered front to back, and
+    consecutive points form a pair. Train the teacher's attention heads, `estimators`, first, with
+    `estimator_loss` on the frozen teacher. Then train the student with `forward`.
 
     By default student and teacher share the heads, as in the paper, and need equal channels at each
-    point. With ``student_channels`` the student has attention heads of its own, `student_heads`:
-    any two networks can be paired. Put ``loss.student_heads.parameters()`` into the student's
-    optimizer: the transfer loss trains them together with the student.
+    point. With ``student_channels`` the student has attention heads of its own, `student_heads`
+    (else empty): any two networks can be paired. Put ``loss.student_heads.parameters()`` into the
+    student's optimizer: the transfer loss trains them together with the student.
 
     Equation: Lee & Song 2019, L_transfer = Σ_pairs Σ_m,i,j G^S (log G^S - log G^T), natural
     logarithm, G = softmax_j(squash(S)).
@@ -83,17 +83,17 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         channel_dim: Channel axis of maps of rank 4 and 5; -1 for ``b h w c`` (Swin, the inside of
             ConvNeXt blocks). One value for both networks, or a pair (teacher, student). None means
             axis 1.
-        k: Singular vectors of the teacher that describe a sample at a point. More than one are
+        k: Singular vectors of the teacher that describe a sample at a point. Several are
             joined to one vector of k · c entries. At least 1, at most min(positions, channels) at
             every point.
         student_k: Candidates from which each teacher vector picks its student vector. At least k;
             points with fewer positions or channels offer as many as they have.
         squash: What is done to the logits of teacher and student before the softmax. None: nothing
-            (the poster). "tanh": the authors' program; it saturates on logits beyond ±2 and then
-            carries no gradient. "scaled" (ours, recommended with own heads): division by the square
-            root of the head width. A callable maps logits ``m i j`` of either network to logits; -∞
-            removes an entry from the graph, so mask both alike.
-        reduction: "sum" over heads, rows and columns (the poster), or "batchmean", that sum
+            (the paper's poster). "tanh": the authors' program; it saturates on logits beyond ±2,
+            and then carries little gradient. "scaled" (ours, recommended with own heads): division
+            by the square root of the head width. A callable maps logits ``m i j`` of either network
+            to logits; -∞ removes an entry from the graph, so mask both alike.
+        reduction: "sum" over heads, rows and columns (as on the poster), or "batchmean", that sum
             divided by the number of samples.
         process_group: A `torch.distributed` group whose global batch the graphs span: each process
             takes its own rows against all columns, and only singular vectors travel. Losses and
@@ -102,34 +102,33 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             Every process must hold the same number of samples. Copies keep the group, pickles do
             not: set the attribute again, or the graphs are those of each process's own batch.
         block_rows: Rows of a graph that are held at a time, at least 1. Fewer rows take less memory
-            and more time: they are computed again in the backward pass. None: all rows, or, in
-            large batches, as many as have 1024 × 1024 entries a head. A callable ``squash`` sees
-            the rows of a block.
+            and more time: they are computed again in the backward pass. None: all rows; in large
+            batches, blocks of 1024 × 1024 entries a head. A callable ``squash`` sees the rows of a
+            block.
         capturable: Whether a CUDA graph can hold `forward` and its backward: the host never waits
             for the device. No GPU has run it yet. Singular vectors are computed in float32 by a
-            fixed number of rounds (two filters of degree 10), which takes some 1,400 kernel
-            launches more a step. Where that is not enough, as for two singular values within 0.05
-            %, or whose squares differ by 3e-5 of the largest, vectors are approximate and their
-            gradient is bounded. A vector that may be off by more than 0.01 radian, as for a
-            singular value below 4 % of the largest, is treated as one of value zero. So are the
-            vectors of maps whose entries are far below 1e-6 or above 1e6. The attribute `doubtful`
-            counts all these samples, on the device. Float64 maps are refused. NaN, overflow and
-            inputs that do not match across processes raise no error. The first call makes
-            constants: run one step before a capture, and before
-            ``torch.compile(mode="reduce-overhead")``.
+            fixed number of iterations, with 1,500 to 1,700 more kernel launches a step. Where these
+            do not suffice (two singular values within 0.05 %, or their squares within 3e-5 of the
+            largest square), vectors are approximate and their gradient is bounded. A vector that
+            may be off by more than 0.01 radian, as for a singular value below 4 % of the largest,
+            is treated as one of value zero. So are the vectors of maps whose entries are far below
+            1e-6 or above 1e6. The attribute `doubtful` counts all these samples, on the device.
+            Float64 maps are refused. NaN, overflow and inputs that do not match across processes
+            raise no error. The first call makes constants: run one step before a capture, and
+            before ``torch.compile(mode="reduce-overhead")``.
 
     Shape:
         - features: one tensor per sensing point, ``b c h w``, ``b c t h w``, ``b n c`` or ``b c``;
-          teacher and student may differ in rank and in space. Mappings are paired by key; the
-          teacher's first one sets the order, that of ``channels``
+          teacher and student may differ in rank and spatial size. Lists are paired by position;
+          two mappings by key: the teacher's first one must have the order of ``channels``
         - returns: scalar
 
     Padding tokens count as positions. Multiply the features by the mask first
     (``tokens * mask[..., None]``): rows of zeros change no singular vector.
 
     Features from `FeatureHooks` must come from a new forward pass in each training step. `forward`
-    raises an error if one network ran and the other did not; `estimator_loss` does not check. One
-    warning is given if the batch norms of a hooked teacher are in training mode.
+    raises an error if one network ran and the other did not; `estimator_loss` allows several steps
+    on one pass. One warning is given if the batch norms of a hooked teacher are in training mode.
 
     Raises:
         RuntimeError: features of an earlier step were read from hooks again.
@@ -197,10 +196,10 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     def estimator_loss(self, teacher_features: Iterable[Tensor]) -> Tensor:
         """Return the loss of the teacher's attention heads, L_MHAN, summed over pairs.
 
-        Train until it is flat, and for 150 steps at least. The transfer loss uses the running
-        statistics of the heads' batch norms. Before these have settled, all weights of a graph are
-        nearly equal (`graphs` shows it). In training mode each call moves them, under `no_grad`
-        too. To log this loss later, call ``transfer.estimators.eval()`` first.
+        Train until it is flat, and for 150 steps at least: the transfer loss uses the running
+        statistics of the heads' batch norms, which settle slowly. In training mode each call moves
+        these statistics, under `no_grad` too. To log this loss later, call
+        ``transfer.estimators.eval()`` first.
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
         (teacher,) = self._read(maps, self.teacher_layout)
@@ -248,7 +247,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         *,
         of: Literal["teacher", "student"] | None = None,
     ) -> list[Tensor]:
-        """Return the graphs that the transfer loss compares, one ``m i j`` per pair, to look at.
+        """Return the graphs that the transfer loss compares, ``m i j`` a pair, without gradient.
 
         Args:
             features: Feature maps of the teacher or of the student, one per sensing point.
