@@ -74,17 +74,19 @@ SETTINGS = [
       for v in ("Norm", "", None, 0, 1.5)],
     (partial(gated, scope=abs), ValueError, r"^`scope` must be one of 'parameter', 'global'; got"),
     (partial(loss, squash="sqrt"), ValueError, r"`squash` .* None, 'scaled', 'tanh' or a callable"),
+    *[(partial(make, **{name: torch.nn.Tanh}), ValueError, rf"`{name}` must be .*; got <class")
+      for make, name in ((loss, "squash"), (gated, "gate"))],
     (partial(loss, reduction="mean"), ValueError, r"`reduction` must be one of .*; got 'mean'"),
     *[(partial(make, process_group=1), TypeError, "`process_group` must be a torch.distr.*; got 1")
       for make in (loss, gated)],
     # Channels and their axis.
-    (partial(GraphTransferLoss, None), ValueError, r"`channels` must list .* got None"),
-    (partial(GraphTransferLoss, 64), ValueError, r"`channels` must list .* got 64"),
-    (partial(GraphTransferLoss, "64"), ValueError, r"`channels` must list .* got '64'"),
+    (partial(GraphTransferLoss, None), ValueError, r"`channels` must be a list .* got None"),
+    (partial(GraphTransferLoss, 64), ValueError, r"`channels` must be a list .* got 64"),
+    (partial(GraphTransferLoss, "64"), ValueError, r"`channels` must be a list .* got '64'"),
     (partial(GraphTransferLoss, [64]), ValueError, r"`channels` .* at least two .* got \[64\]"),
     (partial(GraphTransferLoss, [64, 0]), ValueError, r"`channels\[1\]` .* int ≥ 1; got 0"),
     (partial(loss, student_channels=[4, 8]), ValueError, r"one entry .* 3 .*; got \[4, 8\]"),
-    (partial(loss, student_channels=8), ValueError, r"`student_channels` must list .*got 8"),
+    (partial(loss, student_channels=8), ValueError, r"`student_channels` must be a list .*got 8"),
     (partial(loss, student_channels=[4, 8, 0]), ValueError, r"`student_channels\[2\]` .*; got 0"),
     *[(partial(loss, channel_dim=v), ValueError, "`channel_dim` must name an axis of maps")
       for v in (0, 5, -5, (1, 0))],
@@ -199,6 +201,8 @@ FEATURES = [
     (moved(VIDEO, -1), ValueError, r"6 entries are on axis -1: .*channel_dim=-1"),
     ([rearrange(m, "b c h w -> b c (h w)") for m in maps()], ValueError,
      r"\[0\]` must have 6 .*Axis 1 has 6: .* tokens `b n c`; .*Conv1d.*`features\.mT`"),
+    ([m[0] for m in maps()], ValueError,
+     r"\[0\]` must have 6 .*Axis 0 has 6: if the batch axis is missing, pass `features\[None\]`"),
 ]  # fmt: skip
 
 

@@ -475,6 +475,13 @@ def test_a_model_without_layers_has_no_near_names():
         FeatureHooks(nn.Linear(2, 2), ["stem"])
 
 
+def test_a_module_in_place_of_its_name_is_told_its_name(net):
+    with pytest.raises(TypeError, match=r"got a module, Linear: its name is 'stem'\.$"):
+        FeatureHooks(net, [net.stem])
+    with pytest.raises(TypeError, match="a module, ReLU: the model does not have it"):
+        FeatureHooks(net, [nn.ReLU()])
+
+
 TWO = ["stem", "spare"]
 NO_LIST = r"`layers` must be a list of module names, \['stage1'\] for one; got "
 UNKNOWN = "`layers` must name modules of the model; it has no "

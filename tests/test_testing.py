@@ -297,7 +297,7 @@ WRONG = {
     ),
     "sparse": (r"got a sparse one\. .*`role_sele", *gives(lambda x: x.to_sparse())),
     "six axes": (AXES + r"\(4, 2, 2, 2, 1, 1\)", *gives(lambda x: x.reshape(4, 2, 2, 2, 1, 1))),
-    "failing": ("'x'$", *gives(fails)),
+    "failing": (r"raised KeyError: 'x'\. Does the sample have a batch axis", *gives(fails)),
     "in place": ("changed in place", lambda: stages(nn.ReLU(inplace=True)), "1", VECTORS),
     "tuple": ("gave tuple .*Pass `role_select=0`", lambda: chain(nn.GRU(6, 8)), "0", VECTORS),
     "unknown": (r"no 'm\.0\.1'\. The nearest names are '0\.1'\.$", convolutions, "m.0.1", IMAGES),
@@ -400,15 +400,21 @@ REFUSED = [
         "The 2 entries of `sample` are its arguments; of a batch .* pass the images alone",
         pair(stages(), sample=(x, x[:, 0])),
     ),
-    ("missing 1 required positional argument: 'input2'$", pair(nn.Bilinear(6, 6, 8), None, [""])),
+    (
+        "missing 1 required positional argument: 'input2'. Does the sample",
+        pair(nn.Bilinear(6, 6, 8), None, [""]),
+    ),
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),
     *[
         (NO_SAMPLE, pair(stages()) | {"sample": sample})
         for sample in (3, "x", None, [], {}, [[x]], {"x": 1}, torch.ones(()), (torch.tensor(1),))
     ],
     (NO_SAMPLE, pair(stages(), sample=torch.ones(0, 6))),
-    (r"^Teacher, layers \['0'\]: no such size$", pair(stages(), stages(Asserts("no such size")))),
-    (r"^Teacher, layers \['0'\]: AssertionError$", pair(stages(), stages(Asserts("")))),
+    (
+        r"^Teacher, layers \['0'\]: .* AssertionError: no such size\. Does",
+        pair(stages(), stages(Asserts("no such size"))),
+    ),
+    (r"^Teacher, layers \['0'\]: .* AssertionError\. Does", pair(stages(), stages(Asserts("")))),
     (
         r"^Arguments: `student_channels\[0\]` must be an int; got None",
         pair(stages()) | {"student_channels": [None]},

@@ -50,7 +50,7 @@ def check_choice(
     name: str, value: Any, choices: tuple[str | None, ...], *, or_callable: bool
 ) -> None:
     """Accept one of ``choices``, or a callable where the argument takes one."""
-    if value in choices or (or_callable and callable(value)):
+    if value in choices or (or_callable and callable(value) and not isinstance(value, type)):
         return
     listed = ", ".join(map(repr, choices)) + " or a callable" * or_callable
     raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")

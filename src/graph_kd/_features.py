@@ -57,8 +57,8 @@ def check_layouts(channels: Any, student_channels: Any, channel_dim: Any) -> tup
 def _counts(argument: str, channels: Any) -> tuple[int, ...]:
     if not isinstance(channels, Sequence) or isinstance(channels, str) or len(channels) < 2:
         raise ValueError(
-            f"`{argument}` must list the channel counts of at least two sensing points, front to "
-            f"back; got {channels!r}."
+            f"`{argument}` must be a list of the channel counts of at least two sensing points, "
+            f"front to back; got {channels!r}."
         )
     return tuple(check_count(f"{argument}[{p}]", c) for p, c in enumerate(channels))
 
@@ -131,7 +131,7 @@ def _as_list(name: str, features: Any, keys: Any) -> list[Any]:
         return list(features)
     if set(features) != set(keys):
         raise ValueError(
-            f"`{name}` must have the keys {list(keys)}, as the first mapping this loss was given; "
+            f"`{name}` must have the keys {list(keys)}, those of the teacher's first mapping; "
             f"got {list(features)}. Maps are paired by key. To pair them by position, pass "
             "`list(features.values())` of both networks, in the order of `channels`."
         )
@@ -223,6 +223,8 @@ def _wrong_channels(point: str, p: int, features: Tensor, axis: int, layout: Lay
             f" Axis 1 has {wanted}: maps of rank 3 are tokens `b n c`; if the channels are on axis "
             "1 (Conv1d), pass `features.mT`."
         )
+    elif len(shape) == 3 and shape[0] == wanted:
+        message += f" Axis 0 has {wanted}: if the batch axis is missing, pass `features[None]`."
     if point.startswith("student") and layout.argument == "channels":
         message += (
             " For a student with other channels than the teacher, build the loss with "

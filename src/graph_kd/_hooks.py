@@ -41,8 +41,8 @@ class FeatureHooks:
         select: What to take from a layer's output that is no tensor: an index, a key, the name of
             an attribute (of a dataclass or namedtuple), or a callable from output to tensor. One
             for all layers, or a list with one per layer. An index or a name leaves an output that
-            is a tensor as it is; a callable is applied to every output. It is applied once a pass,
-            and the rest of the output is not kept.
+            is a tensor as it is; a callable is applied to every output. Outputs are selected once a
+            pass, and their rest is not kept.
 
     Raises:
         TypeError: ``model`` is a `DataParallel`, a ScriptModule or no module, ``layers`` is a
@@ -51,8 +51,8 @@ class FeatureHooks:
         ValueError: ``layers`` is empty, repeats a name, or holds one the model does not have, or
             ``select`` is a list of another length.
         RuntimeError: on access, a layer did not run, or ran more than once, in the last forward,
-            its output was changed in place since, the last forward was a trace, or the hooks are a
-            copy.
+            its output was changed in place since, the last forward was a trace by torch.fx or
+            torch.export, or the hooks are a copy.
 
     Example:
         >>> import torch
@@ -93,10 +93,10 @@ class FeatureHooks:
     def features(self) -> list[Tensor]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`. If one network's are read again for a second training
-        step without a new forward pass, `GraphTransferLoss.forward` raises. A list that is kept in
-        a variable may be used again. If only copies of the model run between two reads, the second
-        one raises: place the hooks on the model that trains.
+        They stay readable after `remove`. To read one network's again for a second training step,
+        without a new forward pass, makes `GraphTransferLoss.forward` raise. A list that is kept in
+        a variable may be used again. Reading raises if only copies of the model run, step by step:
+        place the hooks on the model that trains.
         """
         if not hasattr(self, "_outputs"):
             raise RuntimeError(
@@ -266,6 +266,13 @@ def _check_layers(layers: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]
     if not names:
         raise ValueError("`layers` must name at least one layer; got none.")
     for name in names:
+        if isinstance(name, nn.Module):
+            found = [known for known, module in modules.items() if module is name]
+            its_name = f"its name is {found[0]!r}" if found else "the model does not have it"
+            raise TypeError(
+                f"`layers` must hold names of modules; got a module, {type(name).__name__}: "
+                f"{its_name}."
+            )
         if name not in list(modules):  # a name may be unhashable
             raise ValueError(_unknown(name, list(modules)))
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""What users call in unit tests of their own teacher and student.
+"""A check of sensing points, for unit tests.
 
 def test_my_sensing_points():
     assert_feature_hooks(
@@ -57,15 +57,15 @@ def assert_feature_hooks(
         student_layers: Dotted module names in the student, front to back.
         teacher_layers: Dotted module names in the teacher, in the same order.
         sample: A batch as both models take it: a tensor ``b ...``, a mapping of keyword arguments
-            or a tuple or list of positional ones. The batch is axis 0 of the first tensor where it
-            is longer than one.
+            or a tuple or list of positional ones. The batch is axis 0 of the first tensor that
+            has more than one row.
         student_select: As in `FeatureHooks`, for the student. The channel axis of what a function
             selects is not checked.
         teacher_select: As in `FeatureHooks`, for the teacher.
         channel_dim: As in `GraphTransferLoss`: the channel axis of maps of rank 4 and 5, one value
             for both models or a pair (teacher, student).
         student_channels: As in `GraphTransferLoss`: the student's channels, one count per layer,
-            where they are not the teacher's.
+            if they differ from the teacher's.
 
     Raises:
         AssertionError: a check failed; the message names the layer.
@@ -138,13 +138,15 @@ class _Inputs:
         """Call the model."""
         try:
             model(*self.listed, **self.named)
-        except TypeError as error:
-            if len(self.listed) < 2 or "positional argument" not in str(error):
-                raise
-            raise TypeError(
-                f"{error}. The {len(self.listed)} entries of `sample` are its arguments; of a "
-                "batch (images, labels) pass the images alone."
-            ) from error
+        except Exception as error:
+            advice = "Does the sample have a batch axis, and the model's dtype and device?"
+            if len(self.listed) > 1 and "positional argument" in str(error):
+                advice = (
+                    f"The {len(self.listed)} entries of `sample` are its arguments; of a batch "
+                    "(images, labels) pass the images alone."
+                )
+            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise RuntimeError(f"the forward pass raised {told}. {advice}") from error
 
     def one_more(self) -> _Inputs:
         """Return the sample with its first entry again at the end."""
