@@ -143,7 +143,7 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss.
     """
-    # Bound: 1; own heads 3, with soft logits 10. Share of soft logits: 0.3; own heads 0.8.
+    # Bound: 1; own heads 3, or 10 with soft logits. Soft share: 0.3; own heads 0.8.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
