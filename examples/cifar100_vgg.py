@@ -93,7 +93,7 @@ def train_alone(
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})  # it saves each epoch, and resumes
+    run = Run(settings, data, method, **{method: network.name})  # saves each epoch, and resumes
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
@@ -151,7 +151,8 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss.
     """
-    # Bound: 1; own heads 3, or 10 with soft logits. Soft share: 0.3; own heads 0.8.
+    # Where no flag sets them: bound 1, own heads 3, own heads with soft logits 10;
+    # share of soft logits 0.3, own heads 0.8.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
