@@ -214,7 +214,7 @@ def test_the_readme_states_what_else_was_measured():
     for told in (
         f"pre-trains the student: {tenth_of_ab} epochs, {quarter_of_ab} with 125 images, "
         f"{ROWS['10 classes, 50 each'][1]['first_epochs']} with ten classes.",
-        "gave as much: {:.1f} (VGG) and {:.1f} (WRN, 60 epochs).".format(*second),
+        "kept the gain: {:+.1f} (VGG), {:+.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right on only {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
         ),
