@@ -89,7 +89,7 @@ def transfer_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def frozen_logits(estimator: torch.nn.Module, front: Tensor, back: Tensor) -> Tensor:
     """Return the products of the frozen embeddings, which is what the transfer compares."""
-    theta, phi = estimator.frozen_embeddings(front, back)
+    theta, phi = estimator.embeddings(front, back, frozen=True)
     return theta @ phi.mT
 
 

@@ -138,7 +138,7 @@ VALUES = [
     *[(partial(heads(2), ONES, BACK, kept_heads=torch.ones(shape)), ValueError,
        rf"`kept_heads` must have shape .* = \(2, 4\); got {re.escape(str(shape))}")
       for shape in ((4, 2), (1, 4), (2, 1))],
-    (partial(heads(2).frozen_embeddings, ONES[:1], BACK), ValueError,
+    (partial(heads(2).embeddings, ONES[:1], BACK, frozen=True), ValueError,
      r"at least 2 samples.*got 1 and 4"),
     (partial(loss(), maps(), maps(batch=5)), ValueError, r"`teacher_features\[0\]` .* same 6 sam"),
     (partial(loss(student_channels=[5, 4, 7]).graphs, maps(batch=1)), ValueError,

@@ -55,21 +55,19 @@ class AttentionHeads(nn.Module):
         """Return the attention logits S before any softmax, ``m i j``."""
         return attention_logits(*self.embeddings(front, back))
 
-    def embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in the mode that `train` set."""
-        front, back = self._check_rows(front, back, training=self.training)
-        theta, phi = apply_branch(self.theta, back), apply_branch(self.phi, front)
-        return self._by_head(theta), self._by_head(phi)
+    def embeddings(
+        self, front: Tensor, back: Tensor, *, frozen: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return θ(back), ``m i d``, and φ(front), ``m j d``, in the mode that `train` set.
 
-    def frozen_embeddings(self, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return θ(back) and φ(front) in inference mode, whatever `train` says.
-
-        Running statistics stay as they are. Gradient flows to the two inputs alone.
+        If ``frozen``, in inference mode whatever `train` says: running statistics stay as they are,
+        and gradient flows to the two inputs alone.
         """
-        front, back = self._check_rows(front, back, training=False)
-        with full_precision(front):
-            theta, phi = _inference(self.theta, back), _inference(self.phi, front)
-        return self._by_head(theta), self._by_head(phi)
+        front, back = self._check_rows(front, back, training=self.training and not frozen)
+        apply = _inference if frozen else apply_branch
+        embedded = apply(self.theta, back), apply(self.phi, front)
+        theta, phi = (rearrange(e, "n (m d) -> m n d", m=self.num_heads) for e in embedded)
+        return theta, phi
 
     def extra_repr(self) -> str:
         """Name the settings in ``print(module)``."""
@@ -81,10 +79,6 @@ class AttentionHeads(nn.Module):
     @property
     def _weight(self) -> Tensor:
         return cast(nn.Linear, self.theta[0]).weight
-
-    def _by_head(self, embedding: Tensor) -> Tensor:
-        by_head: Tensor = rearrange(embedding, "n (m d) -> m n d", m=self.num_heads)
-        return by_head
 
     def _check_rows(self, front: Tensor, back: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """Return the rows in the precision of the computation."""
@@ -152,6 +146,7 @@ def _inference(branch: nn.Sequential, rows: Tensor) -> Tensor:
     layer, norm = cast(nn.Linear, branch[0]), cast(nn.BatchNorm1d, branch[1])
     state = (layer.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     weight, mean, var, gain, bias = (cast(Tensor, t).detach().to(rows.dtype) for t in state)
-    centred = F.linear(rows, weight, -mean)
-    # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
-    return torch.addcmul(bias, centred, gain * torch.rsqrt(var + norm.eps))
+    with full_precision(rows):
+        centred = F.linear(rows, weight, -mean)
+        # Half the time of `F.batch_norm`, whose backward also prepares for weights that learn.
+        return torch.addcmul(bias, centred, gain * torch.rsqrt(var + norm.eps))

@@ -351,14 +351,11 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
 
     def _embed(self, rows: list[Tensor], heads: Iterable[Any]) -> list[Embeddings]:
         """Return θ of this process's samples and φ of all, pair by pair."""
-        group = self.process_group
         embeddings: list[Embeddings] = []
         for of_pair, (front, back) in zip(heads, _neighbours(rows), strict=True):
-            if heads is self.estimators:  # frozen
-                embeddings.append(of_pair.frozen_embeddings(front, own_part(back, group)))
-            else:  # the statistics of the batch are those of all processes
-                theta, phi = of_pair.embeddings(front, back)
-                embeddings.append((own_part(theta, group, dim=1), phi))
+            # The statistics of the batch are those of all processes.
+            theta, phi = of_pair.embeddings(front, back, frozen=heads is self.estimators)
+            embeddings.append((own_part(theta, self.process_group, dim=1), phi))
         return embeddings
 
 
