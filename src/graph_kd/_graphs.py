@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from graph_kd._heads import attention_logits, full_precision
+from graph_kd._heads import full_precision
 
 __all__ = ["Embeddings", "Squash", "divergence", "log_graph"]
 
@@ -54,7 +54,7 @@ def divergence(
 def log_graph(theta: Tensor, phi: Tensor, squash: Squash) -> Tensor:
     """Return log G = log softmax_j(squash(S)), ``m i j``, of the rows that ``theta`` has."""
     with full_precision(theta):
-        logits = attention_logits(theta, phi)
+        logits = theta @ phi.mT
         if squash == "tanh":
             logits = logits.tanh()
         elif squash == "scaled":

@@ -10,13 +10,13 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from graph_kd._checks import check_count, check_floating
 
-__all__ = ["AttentionHeads", "apply_branch", "attention_logits", "full_precision", "linear"]
+__all__ = ["AttentionHeads", "apply_branch", "full_precision", "linear"]
 
 
 class AttentionHeads(nn.Module):
@@ -53,7 +53,9 @@ class AttentionHeads(nn.Module):
 
     def attention_logits(self, front: Tensor, back: Tensor) -> Tensor:
         """Return the attention logits S before any softmax, ``m i j``."""
-        return attention_logits(*self.embeddings(front, back))
+        theta, phi = self.embeddings(front, back)
+        with full_precision(theta):
+            return theta @ phi.mT
 
     def embeddings(
         self, front: Tensor, back: Tensor, *, frozen: bool = False
@@ -118,13 +120,6 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def attention_logits(theta: Tensor, phi: Tensor) -> Tensor:
-    """Return S = θ φᵀ of each head, ``m i j``."""
-    with full_precision(theta):
-        logits: Tensor = einsum(theta, phi, "m i d, m j d -> m i j")
-    return logits
 
 
 def apply_branch(branch: nn.Module, rows: Tensor) -> Tensor:
