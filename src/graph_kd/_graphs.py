@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from graph_kd._heads import full_precision
+from graph_kd._estimator import full_precision
 
 __all__ = ["Embeddings", "Squash", "divergence", "log_graph"]
 

@@ -28,7 +28,7 @@ from graph_kd._distributed import (
     own_part,
     send_from_first,
 )
-from graph_kd._estimator import MultiHeadGraphEstimator
+from graph_kd._estimator import AttentionHeads, MultiHeadGraphEstimator
 from graph_kd._features import (
     Layout,
     check_fit_of_heads,
@@ -39,7 +39,6 @@ from graph_kd._features import (
 )
 from graph_kd._forward_pass import check_fresh, training_norms
 from graph_kd._graphs import Embeddings, Squash, divergence, log_graph
-from graph_kd._heads import AttentionHeads
 from graph_kd._svd import TopVectors, top_singular_vectors
 
 __all__ = ["GraphTransferLoss"]
