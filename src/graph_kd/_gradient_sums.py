@@ -30,13 +30,15 @@ class Sums(NamedTuple):
         return Sums(_add(self.task, task), _add(self.transfer, transfer), reaches)
 
 
+NONE = Sums(None)
+
+
 class Left(NamedTuple):
     """What `backward` left in one ``p.grad``, and the sums it was made of."""
 
     merged: Tensor
     version: int
     sums: Sums
-    step: int
     before: Tensor | None  # gradient of earlier steps that nobody cleared: of leaves outside alone
     outlived: int  # steps in which gradients of other parameters were cleared, and this one was not
 
@@ -51,23 +53,19 @@ class GradientSums:
 
     # By weak reference: an input that requires gradient goes with its batch.
     left: MutableMapping[Tensor, Left] = field(default_factory=WeakTensorKeyDictionary)
-    step: int = 0
     factors: Tensor = field(default_factory=lambda: torch.zeros(0))
     skipped: bool | Tensor = False
 
     def of(self, param: Tensor) -> Sums:
         """Return the sums so far. A gradient that another one left is the task's."""
         left = self.left.get(param)
-        if left is None or not left.untouched(param):
-            return Sums(param.grad)
-        return left.sums if left.step == self.step else Sums(None)
+        return Sums(param.grad) if left is None or not left.untouched(param) else left.sums
 
     def leave(self, param: Tensor, merged: Tensor | None, sums: Sums) -> None:
         """Put the merged gradient into ``param.grad``, laid out as `.backward()` would."""
         left, before, outlived = self.left.get(param), None, 0
         if left is not None and left.untouched(param):
-            outlived = left.outlived
-            before = left.before if left.step == self.step else left.merged
+            before, outlived = left.before, left.outlived
             merged = _add(before, merged)
         if merged is not None and _strides(merged) != _strides(param):
             # Fused optimizers read both in one order.
@@ -75,15 +73,11 @@ class GradientSums:
         param.grad = merged
         if merged is not None:
             GATED[param] = True
-            self.left[param] = Left(merged, merged._version, sums, self.step, before, outlived)
+            self.left[param] = Left(merged, merged._version, sums, before, outlived)
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors that have a gradient in this step."""
-        return [
-            leaf
-            for leaf, left in self.left.items()
-            if left.step == self.step and leaf.requires_grad
-        ]
+        return [p for p, left in self.left.items() if left.sums is not NONE and p.requires_grad]
 
     def is_gated(self, param: Tensor) -> bool:
         """Return whether ``param.grad`` came from a `backward`; asked once before each step.
@@ -97,10 +91,10 @@ class GradientSums:
         """Drop the sums of cleared gradients; the step is over if none of ``params`` has any."""
         kept = {param: left for param, left in self.left.items() if left.untouched(param)}
         if len(kept) < len(self.left):
-            self.left = WeakTensorKeyDictionary(
-                {p: left._replace(outlived=left.outlived + 1) for p, left in kept.items()}
-            )
-        self.step += not any(param in self.left for param in params)
+            kept = {p: left._replace(outlived=left.outlived + 1) for p, left in kept.items()}
+        if not any(param in kept for param in params):
+            kept = {p: left._replace(sums=NONE, before=left.merged) for p, left in kept.items()}
+        self.left = WeakTensorKeyDictionary(kept)
 
     def load_factors(self, factors: Tensor) -> None:
         """Take the factors of a checkpoint."""
