@@ -24,7 +24,6 @@ __all__ = [
     "gather_rows",
     "group_size",
     "own_part",
-    "send_from_first",
 ]
 
 
@@ -97,12 +96,6 @@ class HoldsProcessGroup:
     def _twin(self, twin: Any, state: dict[str, Any]) -> Any:
         twin.__setstate__(state | {"process_group": self.process_group})
         return twin
-
-
-def send_from_first(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Overwrite the tensor with that of the first process of ``group``."""
-    if group is not None:
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:

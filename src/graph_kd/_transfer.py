@@ -26,7 +26,6 @@ from graph_kd._distributed import (
     gather_rows,
     group_size,
     own_part,
-    send_from_first,
 )
 from graph_kd._estimator import AttentionHeads, MultiHeadGraphEstimator
 from graph_kd._features import (
@@ -205,12 +204,12 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         self._keys = keys
         check_fresh(maps["teacher_features"], maps["teacher_features"])
         self._warn_of_training(maps["teacher_features"])
-        losses = []
+        losses, group = [], self.process_group
         pairs = _neighbours(self._top_rows(teacher))
         for heads, (front, back) in zip(self.estimators, pairs, strict=True):
             kept_heads = heads.draw_kept_heads(back)
-            if kept_heads is not None:  # every process must train the same heads
-                send_from_first(kept_heads, self.process_group)
+            if kept_heads is not None and group is not None:  # all must train the same heads
+                dist.broadcast(kept_heads, dist.get_global_rank(group, 0), group)
             losses.append(heads.loss(front, back, kept_heads=kept_heads))
         return torch.stack(losses).sum()
 
