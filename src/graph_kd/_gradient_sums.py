@@ -96,13 +96,6 @@ class GradientSums:
             kept = {p: left._replace(sums=NONE, before=left.merged) for p, left in kept.items()}
         self.left = WeakTensorKeyDictionary(kept)
 
-    def load_factors(self, factors: Tensor) -> None:
-        """Take the factors of a checkpoint."""
-        if self.factors.shape == factors.shape:
-            self.factors.copy_(factors)  # in place: a captured step writes there
-        else:
-            self.factors = factors.clone()
-
     def never_cleared(self) -> list[Tensor]:
         """Return the tensors whose gradient has just outlived `MANY` steps."""
         return [param for param, left in self.left.items() if left.outlived == MANY]

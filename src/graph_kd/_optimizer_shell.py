@@ -149,7 +149,9 @@ class OptimizerShell(Optimizer):
             else:
                 setattr(self._shared, name, int(count))
         if "gates" in state_dict:
-            self._shared.sums.load_factors(state_dict["gates"])
+            sums, gates = self._shared.sums, state_dict["gates"]
+            fits = sums.factors.shape == gates.shape  # in place: a captured step writes there
+            sums.factors = sums.factors.copy_(gates) if fits else gates.clone()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
