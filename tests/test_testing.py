@@ -284,7 +284,7 @@ ON_3 = AXIS + r"\w+ gives 8 channels, on axis 3\. Pass `channel_dim=-1`, or for 
 RANK_3 = r"axis 2, .* on axis 1\. Maps of rank 3 are read as tokens b n c: pass `\w+_select="
 # A message; the model, its layer and the shape of a sample.
 WRONG = {
-    "integer": (r"must give a floating.*t gave torch\.int64\.$", *gives(lambda x: x.argmax(1))),
+    "integer": (r"must be a floating.*; got torch\.int64\.", *gives(lambda x: x.argmax(1))),
     "none": ("gave NoneType, which is no tensor", *gives(lambda _: None)),
     "scalar": (AXES + r"\(\)\.$", *gives(lambda x: x.sum())),
     "one axis": (AXES + r"\(4,\)\.$", *gives(lambda x: x.sum(1))),
@@ -460,7 +460,7 @@ REFUSED = [
     (ONE_EACH.format("Student", "student"), pair(cell, student_select=[0, 0])),
     (ONE_EACH.format("Teacher", "teacher"), pair(stages(), cell, teacher_select=[0, 0])),
     (
-        r"it gave torch\.quint8\. Pass `teacher_select=lambda output: output\.dequantize\(\)`",
+        r"^Teacher layer '1': .* must be a floating.*; got torch\.quint8\. .*`\.dequantize\(\)`",
         pair(stages(), output_of(quantised), "1"),
     ),
 ]

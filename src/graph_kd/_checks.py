@@ -12,7 +12,6 @@ __all__ = [
     "check_bool",
     "check_choice",
     "check_count",
-    "check_dense",
     "check_finite",
     "check_floating",
     "check_positive",
@@ -56,9 +55,11 @@ def check_choice(
     raise ValueError(f"`{name}` must be one of {listed}; got {value!r}.")
 
 
-def check_dense(name: str, value: Tensor) -> None:
-    """Refuse nested and sparse tensors, which most operations do not take."""
-    if value.is_nested or value.layout != torch.strided:
+def check_floating(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a dense floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
+    if value.is_nested or value.layout != torch.strided:  # most operations do not take them
         nested = value.is_nested
         convert = "to_padded_tensor(0.0)" if nested else "to_dense()"
         raise TypeError(
@@ -67,13 +68,6 @@ def check_dense(name: str, value: Tensor) -> None:
             + " nn.TransformerEncoder(enable_nested_tensor=False) gives dense ones."
             * nested
         )
-
-
-def check_floating(name: str, value: Any) -> Tensor:
-    """Return ``value`` if it is a floating-point tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}.")
-    check_dense(name, value)
     if not torch.is_floating_point(value):
         convert = "dequantize" if value.is_quantized else "abs" if value.is_complex() else "float"
         raise TypeError(

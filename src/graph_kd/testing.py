@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from graph_kd._axes import Channels, watch_channels
-from graph_kd._checks import check_count, check_dense
+from graph_kd._checks import check_count, check_floating
 from graph_kd._features import channel_axis, check_channel_dim
 from graph_kd._forward_pass import training_norms
 from graph_kd._hooks import FeatureHooks, named_modules, unwrap
@@ -244,13 +244,8 @@ class _Point:
         self.side, self.layer, self.feature = side, layer, feature
         self.where = f"{side.role} layer {layer!r}"
         with _assertions(self.where, side.role):
-            check_dense("output", feature)
+            check_floating("output", feature)
         self.shape = shape = tuple(feature.shape)
-        if not feature.is_floating_point():
-            hint = f" Pass {side.selecting('dequantize()')}" if feature.is_quantized else ""
-            raise AssertionError(
-                f"{self.where} must give a floating-point tensor; it gave {feature.dtype}.{hint}"
-            )
         if len(shape) not in (2, 3, 4, 5) or shape[0] != size:
             second = len(shape) > 2 and shape[1] == size
             raise AssertionError(
