@@ -30,7 +30,7 @@ class Sums(NamedTuple):
         return Sums(_add(self.task, task), _add(self.transfer, transfer), reaches)
 
 
-NONE = Sums(None)
+NONE = Sums(None)  # of a gradient that an earlier step left
 
 
 class Left(NamedTuple):

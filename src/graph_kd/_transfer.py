@@ -247,6 +247,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     ) -> list[Tensor]:
         """Return the graphs that the transfer loss compares, ``m i j`` a pair, without gradient.
 
+        With a process group, call it in every process.
+
         Args:
             features: Feature maps of the teacher or of the student, one per sensing point.
             align_to: The teacher's features, if ``features`` are the student's. With shared heads
