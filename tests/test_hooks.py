@@ -658,6 +658,24 @@ def test_losses_keep_no_features_alive_and_make_no_cycles(request):
     assert all(ref() is None for ref in watched)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_own_heads_do_not_learn_from_a_student_that_ran_without_gradient(mode):
+    student, teacher = stages(), stages().requires_grad_(False)
+    of_student, of_teacher = (FeatureHooks(net, ["0", "2"]) for net in (student, teacher))
+    loss = GraphTransferLoss([6, 6], 2, student_channels=[6, 6])
+    student(batch()), teacher(batch())
+    with mode():
+        student(batch())  # an evaluation between the two losses
+        loss(of_student, of_teacher)  # for a log
+    message = r"student's features \(layers \['0', '2'\]\) carry no gradient: .* without"
+    with pytest.raises(RuntimeError, match=message):
+        loss(of_student, of_teacher)
+    student(batch()), teacher(batch())
+    loss(of_student, of_teacher).backward()
+    student.requires_grad_(False)(batch()), teacher(batch())
+    loss(of_student, of_teacher).backward()  # a frozen student whose heads learn
+
+
 def test_a_norm_of_the_teacher_whose_running_statistics_move_is_named_once_a_loss():
     still = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.Dropout()
     norms = nn.Sequential(*still, nn.BatchNorm2d(4).eval(), nn.SyncBatchNorm(4))
@@ -668,8 +686,9 @@ def test_a_norm_of_the_teacher_whose_running_statistics_move_is_named_once_a_los
     student(images), teacher(images)
     message = r"teacher is in training mode \(see '1\.4'\).*teacher\.eval\(\)"
     loss, another = (GraphTransferLoss([4, 4], 2) for _ in range(2))
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as caught:
         loss(of_student, of_teacher)
+    assert caught[0].filename == __file__
     loss.estimator_loss(of_teacher)  # warnings are errors here
     with pytest.warns(UserWarning, match=message) as caught:
         another.estimator_loss(of_teacher)

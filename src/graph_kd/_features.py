@@ -161,7 +161,8 @@ def read_matrices(
             if len(features) != batch:
                 raise ValueError(
                     f"`{point}` must hold the same {batch} samples as the points before it; "
-                    f"got {len(features)} in shape {tuple(features.shape)}. Axis 0 is the batch."
+                    f"got {len(features)} in shape {tuple(features.shape)}. Axis 0 is the batch: "
+                    "run both networks on the same one."
                 )
             if batch < fewest:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ForwardPass", "check_fresh", "training_norms"]
+__all__ = ["ForwardPass", "check_fresh", "check_learns", "training_norms"]
 
 # The model and the names of the hooked layers. Hooks that are placed anew for every step are one
 # source. Weak references stay different where a new model takes the id of one that is gone.
@@ -92,6 +92,24 @@ def check_fresh(student: list[Any], teacher: list[Any]) -> None:
         ours.refuse_stale("student", theirs)
         ours.use(theirs)
     theirs.use(partner)
+
+
+def check_learns(features: list[Any]) -> None:
+    """Refuse hooked features without gradient, of a model that has parameters to train.
+
+    With own heads, which do get a gradient, nothing else would tell that the student does not.
+    """
+    found = None if torch.compiler.is_compiling() else _pass_of(features)
+    if found is None or not torch.is_grad_enabled() or any(f.requires_grad for f in features):
+        return
+    of_model, layers = found.source
+    model = of_model()
+    if model is not None and any(param.requires_grad for param in model.parameters()):
+        raise RuntimeError(
+            f"The student's features (layers {list(layers)}) carry no gradient: its last forward "
+            "pass ran without (in an evaluation, say). Run it on the batch again before the "
+            "transfer loss. If the loss is for a log, compute it under `torch.no_grad()`."
+        )
 
 
 def training_norms(features: Iterable[Any]) -> list[str]:

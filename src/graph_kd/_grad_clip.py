@@ -53,26 +53,27 @@ class GatedGradClip(OptimizerShell):
 
     A transfer gradient that is not finite, or whose norm overflows, never reaches the parameters:
     that step uses the task's alone, and `skipped` counts it. `state_dict` has the count, and
-    `gates`, whenever the count is not 0. Under `GradScaler` scale both losses: the built-in gates
-    stay the same, a callable sees scaled norms. Scaling one loss changes every gate. In float16 the
-    transfer gradient can overflow where the task's does not, and `GradScaler` does not see that. So
-    `backward` multiplies the transfer loss by a scale, and divides its gradient again. A step with
-    an overflow halves the scale, 2000 steps without one double it, up to 1. The first steps of a
-    float16 run may be without transfer.
+    `gates`, whenever the count is not 0; it does not have `bound`. Under `GradScaler` scale both
+    losses: the built-in gates stay the same, a callable sees scaled norms. Scaling one loss changes
+    every gate. In float16 the transfer gradient can overflow where the task's does not, and
+    `GradScaler` does not see that. So `backward` multiplies the transfer loss by a scale, and
+    divides its gradient again. A step with an overflow halves the scale, 2000 steps without one
+    double it, up to 1. The first steps of a float16 run may be without transfer.
 
     A tensor outside the optimizer that a loss reaches (a head of a second optimizer, a learned
     prompt) gets a merged gradient too. Clear it yourself, by ``grad = None``: `zero_grad` does not.
-    A gradient that is not cleared in 100 steps leads to a warning. Such tensors are looked for in
-    the autograd graph in every `backward`; those hidden in a custom `torch.autograd.Function` are
-    not found.
+    If it is not cleared in 100 steps, and others are, a warning says so. Such tensors are looked
+    for in the autograd graph in every `backward`; those hidden in a custom
+    `torch.autograd.Function` are not found.
 
     The wrappers that Lightning, Fabric and accelerate put around this object share its state:
     settings, `gates`, `skipped` and the sums. A copy made by `copy`, `deepcopy` or pickle has
     settings and a count of its own.
 
     A compiled student needs ``torch._functorch.config.donated_buffer = False`` before it is
-    compiled. With inductor also set ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1``: a cache entry of an
-    earlier run with donated buffers makes the second gradient wrong without an error.
+    compiled. With inductor also export ``TORCHINDUCTOR_FORCE_DISABLE_CACHES=1`` before Python
+    starts: a cache entry of an earlier run with donated buffers makes the second gradient wrong
+    without an error.
 
     `torch.compile`, and ``loss + 0 * sum(...)`` for DDP, give a parameter a task gradient of zero
     where the task does not reach it. Its gate is 0 then, and it does not learn. Leave layers that

@@ -36,7 +36,7 @@ from graph_kd._features import (
     in_order,
     read_matrices,
 )
-from graph_kd._forward_pass import check_fresh, training_norms
+from graph_kd._forward_pass import check_fresh, check_learns, training_norms
 from graph_kd._graphs import Embeddings, Squash, divergence, log_graph
 from graph_kd._svd import TopVectors, top_singular_vectors
 
@@ -129,7 +129,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     on one pass. One warning is given if the batch norms of a hooked teacher are in training mode.
 
     Raises:
-        RuntimeError: features of an earlier step were read from hooks again.
+        RuntimeError: features of an earlier step were read from hooks again; or a student with own
+            heads ran without gradient, and the loss is computed with.
         TypeError: a setting has a wrong type; or features are no list or mapping of floating-point
             tensors, or of a precision higher than the heads'.
         ValueError: a setting has a wrong value; or the count, keys, channels, batch or device of
@@ -203,7 +204,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         (teacher,) = self._read(maps, self.teacher_layout)
         self._keys = keys
         check_fresh(maps["teacher_features"], maps["teacher_features"])
-        self._warn_of_training(maps["teacher_features"])
+        self._warn_of_training(maps["teacher_features"], stacklevel=3)
         losses, group = [], self.process_group
         pairs = _neighbours(self._top_rows(teacher))
         for heads, (front, back) in zip(self.estimators, pairs, strict=True):
@@ -224,7 +225,9 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         student, teacher = self._read(maps, self.student_layout, self.teacher_layout)
         self._keys = keys
         check_fresh(*maps.values())
-        self._warn_of_training(maps["teacher_features"])
+        if self.student_heads:
+            check_learns(maps["student_features"])
+        self._warn_of_training(maps["teacher_features"], stacklevel=5)  # through `__call__`
 
         student_rows, teacher_rows = self._compress_and_align(student, teacher)
         embeddings = zip(
@@ -297,7 +300,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
             check_equal_batches(batch, heads.device, self.process_group)
         return networks
 
-    def _warn_of_training(self, teacher_maps: list[Any]) -> None:
+    def _warn_of_training(self, teacher_maps: list[Any], *, stacklevel: int) -> None:
         """Warn once if running statistics of the teacher move."""
         if self._warned_of_training or torch.compiler.is_compiling():
             return
@@ -307,7 +310,7 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
                 f"The teacher is in training mode (see {names[0]!r}): its features depend "
                 "on the batch, and its running statistics move. Call `teacher.eval()`, again after "
                 "`train()` of a module that holds it.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _compress_and_align(
