@@ -93,7 +93,7 @@ class FeatureHooks:
     def features(self) -> list[Tensor]:
         """The layers' outputs in the last forward pass, in the order of `layers`.
 
-        They stay readable after `remove`. To read one network's again for a second training step,
+        They stay readable after `remove`. Reading one network's again for a second training step,
         without a new forward pass, makes `GraphTransferLoss.forward` raise. A list that is kept in
         a variable may be used again. Reading raises if only copies of the model run, step by step:
         place the hooks on the model that trains.

@@ -129,8 +129,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
     on one pass. One warning is given if the batch norms of a hooked teacher are in training mode.
 
     Raises:
-        RuntimeError: features of an earlier step were read from hooks again; or a student with own
-            heads ran without gradient, and the loss is computed with.
+        RuntimeError: features of an earlier step were read from hooks again; or hooked features of
+            a student with own heads carry no gradient, and `torch.no_grad` is off.
         TypeError: a setting has a wrong type; or features are no list or mapping of floating-point
             tensors, or of a precision higher than the heads'.
         ValueError: a setting has a wrong value; or the count, keys, channels, batch or device of
