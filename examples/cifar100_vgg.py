@@ -8,8 +8,8 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
-README's first row has such runs (Tiny ImageNet, 60 epochs, a quarter of the width). The best method
-there was `mhgd-own-heads-soft-logits`: a value of `--method`. The second command uses all images.
+README's first row has smaller runs (Tiny ImageNet, 60 epochs, a quarter of the width). The best one
+there is `--method mhgd-own-heads-soft-logits`. The second command uses all images.
 The third is small enough for two CPU cores. The fourth splits every batch over two processes. To
 continue a run, give its command again. After an edit of this file take another ``--out``: networks
 that are trained already are loaded.
@@ -93,7 +93,7 @@ def train_alone(
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})  # saves each epoch, and resumes
+    run = Run(settings, data, method, **{method: network.name})  # saves this method's epochs
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []

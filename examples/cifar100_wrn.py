@@ -81,7 +81,7 @@ def train_alone(
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})  # saves each epoch, and resumes
+    run = Run(settings, data, method, **{method: network.name})  # saves this method's epochs
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
