@@ -212,8 +212,8 @@ def test_the_readme_states_what_else_was_measured():
     assert sizes[0] > sizes[1]
     digits = re.findall(r"(?:teacher|alone|soft logits|own heads) (\d+\.\d)", quickstart.__doc__)
     for told in (
-        f"pre-trains the student: {tenth_of_ab} epochs, {quarter_of_ab} with 125 images, "
-        f"{ROWS['10 classes, 50 each'][1]['first_epochs']} with ten classes.",
+        f"pre-trains the student for {tenth_of_ab} epochs (125 images: {quarter_of_ab}; ten "
+        f"classes: {ROWS['10 classes, 50 each'][1]['first_epochs']}).",
         "kept the gain: {:+.1f} (VGG), {:+.1f} (WRN, 60 epochs).".format(*second),
         "100 classes are right on only {:.0f} % (VGG) and {:.0f} % (WRN) of the test images".format(
             *(mean("100", "accuracy", "teacher", network=name, teacher_seed=0) for name in TEACHERS)
