@@ -81,7 +81,7 @@ def train_alone(
         epochs = settings.teacher_epochs
     optimizer = gated_sgd(network.parameters(), settings)
     schedule = common.step_decay(optimizer, epochs)
-    run = Run(settings, data, method, **{method: network.name})  # saves this method's epochs
+    run = Run(settings, data, method, **{method: network.name})  # saves each epoch; can resume
     for _ in run.epochs(method, epochs, model=network, optimizer=optimizer, schedule=schedule):
         network.train()
         losses = []
@@ -140,7 +140,7 @@ def train_student(
     part of the task loss.
     """
     # Where no flag sets them: bound 1, own heads 3, own heads with soft logits 10;
-    # share of soft logits 0.3, own heads 0.8.
+    # soft_share 0.3, with own heads 0.8.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(
