@@ -8,11 +8,11 @@ r"""CIFAR-100, VGG16 teacher to VGG7 student, from the data to the results.
 
 By default the student is trained three times: alone, with shared heads (the paper's form), and with
 heads of its own. In the first command, heads and students learn from 50 images of each class. The
-README's first row has smaller runs (Tiny ImageNet, 60 epochs, a quarter of the width). The best one
-there is `--method mhgd-own-heads-soft-logits`. The second command uses all images.
-The third is small enough for two CPU cores. The fourth splits every batch over two processes. To
-continue a run, give its command again. After an edit of this file take another ``--out``: networks
-that are trained already are loaded.
+README's first row has smaller runs (Tiny ImageNet, 60 epochs, a quarter of the width). Its best
+method is `--method mhgd-own-heads-soft-logits`. The second command uses all images. The third is
+small enough for two CPU cores. The fourth splits every batch over two processes. To continue a run,
+give its command again. After an edit of this file take another ``--out``: networks that are trained
+already are loaded.
 
 The schedule is the authors' (Lee & Song, BMVC 2019), who set it for a ResNet. Teacher and student:
 batches of 128; reflection padding of 4, random crop and flip; SGD with Nesterov momentum 0.9,
