@@ -150,7 +150,7 @@ def row_of_gains(images):
         for column, method in METHODS.items()
     }
     best = max(gain.mean() for gain in gains.values() if len(gain))
-    row = {"training images": ",".join(images.split(",")[:2])}
+    row = {"student's images": ",".join(images.split(",")[:2])}
     row["teacher, student"] = PAIRS[settings["network"]]
     row["epochs"] = str(settings["epochs"])
     row["alone, %"] = f"{mean(table, 'accuracy', 'student', **alone):.1f}"
