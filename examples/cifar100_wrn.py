@@ -139,8 +139,8 @@ def train_student(
     ``method`` is a form of MHGD. Its name says if the student has own heads, and if soft logits are
     part of the task loss.
     """
-    # Where no flag sets them: bound 1, own heads 3, own heads with soft logits 10;
-    # soft_share 0.3, with own heads 0.8.
+    # Defaults by method: bound 1, own heads 3, own heads with soft logits 10; soft_share 0.3, with
+    # own heads 0.8.
     settings, bound, soft_share = common.suited(method, settings)
     torch.manual_seed(settings.seed)
     transfer = GraphTransferLoss(

@@ -401,7 +401,7 @@ REFUSED = [
         pair(stages(), sample=(x, x[:, 0])),
     ),
     (
-        "missing 1 required positional argument: 'input2'. Does the sample",
+        r"missing 1 required positional argument: 'input2'\. Does the sample",
         pair(nn.Bilinear(6, 6, 8), None, [""]),
     ),
     ("^Student layer '2' must give axes", pair(stages(Apply(lambda x: x[:2])), None, "0 1 2")),

@@ -21,7 +21,7 @@ def align_singular_vectors(
     """Pick for each teacher vector the student vector closest to it, in the teacher's direction.
 
     The sign of a singular vector is arbitrary, and the student's order follows its own singular
-    values. Both are matched to the teacher's here. Several may pick the same one.
+    values. Both are matched to the teacher's here. Two teacher vectors may pick the same one.
 
     Equation: Lee & Song 2019, "align"; i_k = argmax_i |v_T,k · v_S,i|, a_k = sign(v_T,k · v_S,i_k),
     V_S = [a_k v_S,i_k].

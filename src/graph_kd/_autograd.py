@@ -117,8 +117,9 @@ def gradients_of(
     if all(gradient is None for gradient in gradients[:held]):
         raise ValueError(
             f"`{name}` must depend on the optimizer's parameters; none of the {held} gets a "
-            "gradient. Is the student run without `no_grad` and `detach`, and are its features the "
-            "first argument of the transfer loss?"
+            "gradient. Is the student run without `no_grad` and `detach`?"
+            + " Are its features the first argument of the loss?"
+            * (name == "transfer_loss")
         )
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None and gradient.layout != torch.strided:

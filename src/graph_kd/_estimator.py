@@ -137,7 +137,7 @@ class MultiHeadGraphEstimator(AttentionHeads):
             head stays if its standard normal draw is above the mean of all heads' draws.
 
     Shape:
-        - front: ``j c_front``, in the parameters' dtype, or float32 if that is half precision
+        - front: ``j c_front``, in the parameters' dtype; half-precision heads take float32 as well
         - back: ``i c_back``, likewise
         - returns: ``i c_back``, unit rows
 

@@ -23,8 +23,8 @@ class SVDFeature(nn.Module):
 
     Equation: Lee & Song 2019, step "compress"; V_p in M_p = U_p Σ_p V_pᵀ.
 
-    Differs from the source: vectors of the authors' program have an arbitrary sign. Its gradient
-    is doubled if positions ≥ channels, else its direction is wrong. Here both are correct:
+    Differs from the source: the authors' program gives vectors of an arbitrary sign, and a gradient
+    that is doubled if positions ≥ channels, else of a wrong direction. Here both are correct:
 
     - Sign: the mean over positions has a non-negative inner product with every vector; where that
       product is zero, rounding decides.

@@ -196,8 +196,8 @@ class GraphTransferLoss(HoldsProcessGroup, nn.Module):
         """Return the loss of the teacher's attention heads, L_MHAN, summed over pairs.
 
         Train until it is flat, and for 150 steps at least: the transfer loss uses the running
-        statistics of the heads' batch norms, which settle slowly. In training mode each call moves
-        these statistics, under `no_grad` too. To log this loss later, call
+        statistics of the heads' batch norms, which take that long to settle. In training mode each
+        call moves these statistics, under `no_grad` too. To log this loss later, call
         ``transfer.estimators.eval()`` first.
         """
         keys, maps = in_order(self._keys, teacher_features=teacher_features)
